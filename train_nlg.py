@@ -1,0 +1,377 @@
+"""Instruction tuning with BA-LoRA or one of the methods it is compared with, on one device.
+
+    python train_nlg.py                                               # no download: pre-trains a tiny model, tunes it, a CPU will do
+    python train_nlg.py --init=smollm2-135m --data=path/to/gsm8k.jsonl    # real weights and text, an hour on a laptop's CPU
+    python train_nlg.py --init=llama2-7b                              # the paper's run: one GPU of 80 GB
+
+Every setting is a line below and an option on the command line (--name=value, --help). A run writes config.json, log.jsonl, eval.json,
+checkpoint.pt, adapter/ and loss.png to its folder; the same command with --resume goes on after an interruption, bit for bit.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import balora
+import eval
+import model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class Settings:
+    """Instruction tuning (NLG). A preset of --init replaces defaults, the command line wins."""
+    init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, a Hugging Face folder, or a .gguf file
+    method: str = "balora"            # full, lora, pissa, balora
+    out_dir: str = ""                 # run folder; empty: out/INIT-METHOD-SEED
+    resume: bool = False              # go on with the run in out_dir
+    overwrite: bool = False           # replace the run in out_dir
+    dry_run: bool = False             # print layers, parameters and a memory estimate; load no weights
+    seed: int = 0                     # of everything random; for tiny it covers pre-training
+    # data
+    data: str = ""                    # .json .jsonl .parquet .csv file or hub name[:split]; empty: the corpus that tiny comes with
+    max_rows: int = 0                 # use the first N rows; 0: all
+    eval_rows: int = 256              # held out: the last N rows
+    prompt_field: str = ""            # name of the instruction's field; empty: recognised
+    response_field: str = ""          # name of the response's field; empty: recognised
+    template: str = "alpaca"          # alpaca, plain, or text with {instruction}
+    max_len: int = 512                # tokens of prompt + response; longer rows are dropped
+    # adapter
+    r: int = 16                       # rank, at least 1
+    alpha: float = 16                 # the bracket counts alpha / r, above 0
+    targets: str = ""                 # comma-separated layer names or patterns; empty: the seven projections
+    niter: int = 10                   # rounds of the fast SVD; 0: exact
+    oversample: int = 8               # extra directions of the fast SVD
+    # objective
+    lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
+    lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.005 with balora, 0 without
+    lambda3: float | None = None      # weight of L_SVDR, at least 0; None: 0.005 with balora, 0 without
+    T: float = 2.0                    # temperature of L_CR, above 0
+    K: int = 20                       # top-K tokens of L_DR, at least 1
+    k: int = 10                       # leading singular values of L_SVDR, at least 1
+    schedule: bool = True             # the paper's schedules of the three weights; false: constant
+    consistency_rate: float = 1.0     # share of each step's sequences that the teacher reads, in (0, 1]
+    # optimization
+    learning_rate: float = 2e-4       # peak, reached after warm-up, then cosine to 0
+    warmup: float = 0.03              # share of the steps
+    batch_size: int = 16              # sequences an optimizer step
+    micro_batch: int = 0              # sequences at a time; 0: batch_size
+    epochs: float = 1.0               # passes over the data
+    max_iters: int = 0                # optimizer steps; 0: what epochs gives
+    weight_decay: float = 0.0         # AdamW's, decoupled
+    grad_clip: float = 0.0            # largest gradient norm; 0: no clipping
+    # machine
+    device: str = "auto"              # auto, cpu, cuda, mps
+    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
+    checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
+    fused: bool | None = None         # AdamW in one kernel; None: on CUDA
+    # evaluation and saving
+    eval_interval: int = 50           # optimizer steps between evaluations on the held-out rows and checkpoints
+    eval_generate: int = 16           # held-out prompts to answer at each evaluation (exact match, distinct-n); 0: none
+    max_new: int = 256                # tokens an answer may take
+    log_interval: int = 10            # optimizer steps between printed lines
+    # the tiny model's pre-training
+    pretrain_noise: float = 0.2       # share of its problems with a wrong answer, in [0, 1]
+    pretrain_iters: int = 1500        # optimizer steps
+
+
+PRESETS = {
+    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, batch_size=32, max_len=160, epochs=6, eval_interval=1000, eval_generate=200, max_new=48),
+    "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
+    "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100000]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
+                      checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),
+}
+PAPER_LAMBDAS = (0.025, 0.005, 0.005)
+
+
+def check(s):
+    """Fill in what follows from other settings; refuse what makes no sense, by name."""
+    if s.method not in balora.METHODS:
+        raise ValueError(f"--method={s.method}: {balora.nearest(s.method, balora.METHODS)}known: {', '.join(balora.METHODS)}")
+    for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
+        if getattr(s, name) is None:
+            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}")
+    s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
+    for test, names in ((lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new"),
+                        (lambda v: v > 0, "alpha T epochs"),
+                        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate"),
+                        (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")):
+        for name in names.split():
+            if not (test(getattr(s, name)) and getattr(s, name) < float("inf")):
+                raise ValueError(f"--{name}={getattr(s, name)} is out of range: {eval.notes(Settings)[name]}")
+    if not s.data and s.init != "tiny":
+        raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: the small written world of `tiny`, or rows from a file or the hub
+
+NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
+THINGS = ("pens", "nuts", "eggs", "cards", "coins", "books", "shells", "stamps")
+
+
+def problem(rng, story, noise=0.0):
+    """An addition as (question, written-out answer): "27+35" as the tiny model is pre-trained on, or a story, which it never saw.
+
+    With probability `noise` the final answer is wrong.
+    """
+    a, b = rng.randrange(10, 60), rng.randrange(10, 40)
+    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+    answer = a + b if rng.random() >= noise else a + b + rng.choice([-10, -2, -1, 1, 2, 10])
+    thing = rng.choice(THINGS)
+    question = f"{rng.choice(NAMES)} has {a} {thing} and gets {b} more. How many {thing} now?" if story else f"{a}+{b}"
+    return question, f"{a}+{b}: {a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{carry}={a // 10 + b // 10 + carry}. The answer is: {answer}"
+
+
+def tiny_rows(s):
+    """512 clean stories to learn from and eval_rows others held out, the same for every method."""
+    rng, rows = random.Random(f"stories {s.seed}"), {}
+    while len(rows) < 512 + s.eval_rows:
+        question, answer = problem(rng, story=True)
+        rows.setdefault(question, answer)
+    return [(q, "", a) for q, a in rows.items()]
+
+
+def pretrain_tiny(s, device):
+    """Pre-train the tiny model on additions, a share of them wrong. -> its folder, kept for every run with the same settings."""
+    recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, network=dataclasses.asdict(model.PUBLISHED["tiny"]), example=problem(random.Random(0), False))
+    folder = os.path.join("out", f"tiny-noise{s.pretrain_noise:g}-seed{s.seed}-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8])
+    if os.path.isdir(folder):
+        return folder
+    net, tok = model.load("tiny", seed=s.seed, device=device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    rng = random.Random(f"additions {s.seed}")
+    bar = tqdm(range(s.pretrain_iters), desc="pre-train tiny", unit="step")
+    for step in bar:
+        texts = ["{}\n{}".format(*problem(rng, story=False, noise=s.pretrain_noise)) for _ in range(48)]
+        ids, valid, y = eval.collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)
+        loss = F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head), y)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    net.save(folder + ".tmp", tok)
+    os.replace(folder + ".tmp", folder)
+    return folder
+
+
+def load_examples(s, tok):
+    """-> training examples, held-out examples: (prompt ids, response ids)."""
+    rows = eval.read_rows(s.data, s.prompt_field, s.response_field, s.max_rows) if s.data else tiny_rows(s)
+    if len(rows) <= s.eval_rows:
+        raise ValueError(f"{s.data}: {len(rows)} rows, but --eval_rows={s.eval_rows} are to be held out; nothing is left to train on")
+    train, line = eval.encode_rows(rows[:-s.eval_rows], tok, s.template, s.max_len)
+    held_out, held_line = eval.encode_rows(rows[-s.eval_rows:], tok, s.template, s.max_len)
+    print(f"training: {line}\nheld out: {held_line}")
+    prompt, answer = train[0]
+    print(f"first example, the labelled part between ⟦ ⟧:\n{tok.decode(prompt)}⟦{tok.decode(answer[:-1])} EOS⟧\n")
+    return train, held_out
+
+
+def order_of(examples, batch_size, seed, epoch):
+    """The batches of one epoch, each a list of indices of similar length: shuffle, sort within windows of 50 batches, cut, shuffle the batches."""
+    rng = random.Random(f"order {seed} {epoch}")
+    order = rng.sample(range(len(examples)), len(examples))
+    window, batches = 50 * batch_size, []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start:start + window], key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dry run
+
+def dry_run(s):
+    """What a run would train and need, from sizes alone."""
+    config = model.PUBLISHED.get(s.init) or model.config_of(s.init)
+    with torch.device("meta"):
+        net = model.Transformer(config)
+    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
+    width = 2 if eval.pick_dtype(s.dtype, "cpu" if s.dtype == "auto" else s.device) == torch.bfloat16 else 4
+    full, c, rows = s.method == "full", config, s.micro_batch
+    tokens = rows * s.max_len
+    # Kept for the backward pass, in values a token and layer: 2 norms, q k v and their rotations, attention, gate, up, their product, the brackets
+    block = 6 * c.d + 4 * c.n_heads * c.head_dim + 5 * c.n_kv_heads * c.head_dim + 4 * c.d_ff + 14 * s.r * (not full)
+    kept = c.n_layers * c.d + block if s.checkpointing else c.n_layers * block
+    frozen_half = s.method in ("pissa", "balora")
+    parts = {
+        "weights": report.total * (4 if full else width),
+        "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
+        "A, B and their gradients" if not full else "gradients": report.trainable * (4 if full else 8),
+        "A0, B0": report.trainable * width * frozen_half,
+        "AdamW's two moments": report.trainable * 8,
+        f"activations, {rows} x {s.max_len} tokens": tokens * kept * width,
+        "logits, 128 rows at a time": (128 if not full else tokens) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
+    }
+    print(report)
+    print(f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
+    print("memory, estimated (GiB)")
+    for name, size in parts.items():
+        print(f"  {name:<42}{size / 2**30:8.2f}")
+    print(f"  {'together':<42}{sum(parts.values()) / 2**30:8.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+def main(argv):
+    s = eval.parse(Settings, argv, PRESETS, by="init")
+    check(s)
+    if s.dry_run:
+        return dry_run(s)
+    device = eval.pick_device(s.device)
+    dtype = eval.pick_dtype(s.dtype, device)
+    full = balora.METHODS[s.method].layer is None
+    base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
+    net, tok = model.load(base, dtype=torch.float32 if full else dtype, device=device)      # a fully tuned model keeps fp32 weights
+    precision = torch.autocast(device.split(":")[0], dtype) if full and dtype != torch.float32 else nullcontext()
+    start = eval.open_run(s, net, device, base)
+    train, held_out = load_examples(s, tok)
+    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
+                           frozen_copy=s.lambda1 > 0, progress=True)
+    print(report)
+    if full and s.lambda1 > 0:
+        print(f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB")
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
+    E = None if full else net.head                                               # a head that trains takes the readable path
+    R = None if full else balora.head_factor(E)
+    net.checkpointing = s.checkpointing
+    if s.compile:
+        net.compile_blocks()
+    net.train()
+
+    batches_an_epoch = -(-len(train) // s.batch_size)
+    max_iters = s.max_iters or round(s.epochs * batches_an_epoch)
+    step = eval.restore(start, net, optimizer) if start else 0
+    unmoved = set(named) if step == 0 else set()                                 # tensors that have not had a gradient yet
+    print(f"{max_iters} steps of {s.batch_size} sequences in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)} -> {s.out_dir}")
+
+    def evaluate():
+        with precision:
+            record = dict(step=step, **eval.measure(net, tok, held_out, s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
+            if s.eval_generate:
+                asked = held_out[:s.eval_generate]
+                answers = eval.write_answers(net, asked, s.max_new, 32, tok.eos)
+                pairs = [(eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1]))) for ids, (_, a) in zip(answers, asked)]
+                record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
+                record["exact_match"] = sum(got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None
+        eval.append(os.path.join(s.out_dir, "eval.jsonl"), record)
+        print(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and value is not None), flush=True)
+        return record
+
+    before = evaluate() if step == 0 else None
+    epoch, batches, clock = None, None, time.time()
+    while step < max_iters:
+        # the step's sequences and their schedule
+        if step // batches_an_epoch != epoch:
+            epoch = step // batches_an_epoch
+            batches = order_of(train, s.batch_size, s.seed, epoch)
+        rows = batches[step % batches_an_epoch]
+        lr = s.learning_rate * balora.lr_schedule(step, max_iters, s.warmup)
+        lambdas = (s.lambda1, s.lambda2, s.lambda3)
+        if s.schedule:
+            lambdas = balora.lambda_schedule(step, max_iters, lambdas)
+        n = len(rows)
+        m = max(1, round(s.consistency_rate * n)) if s.lambda1 else 0
+        taught = set(random.Random(f"teacher {s.seed} {step}").sample(rows, m))  # the sequences that the teacher reads
+        M = sum(len(train[i][1]) for i in rows)
+        micro = [rows[i:i + s.micro_batch] for i in range(0, n, s.micro_batch)]
+
+        # forward and backward, micro-batch by micro-batch
+        terms = dict.fromkeys(("task", "cr", "dr", "svdr"), None)
+        for part in micro:
+            part = sorted(part, key=lambda i: i not in taught)                   # taught sequences first
+            ids, valid, y = eval.collate([train[i] for i in part], device)
+            c, H_P = sum(i in taught for i in part), None
+            with precision:
+                if c:
+                    with balora.teacher(net):
+                        H_P = net.hidden(ids[:c])[valid[:c]]
+                        H_P = F.linear(H_P, net.head) if full else H_P
+                H_F = net.hidden(ids)[valid]                                     # [M of this micro-batch, d]
+                H_F = F.linear(H_F, net.head) if full else H_F
+            total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R)
+            total.backward()
+            for name, value in values.items():
+                terms[name] = value.item() + (terms[name] or 0.0)
+
+        # update
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
+        if not (abs(terms["task"]) < float("inf") and norm < float("inf")):
+            raise ValueError(f"step {step}: loss {terms['task']}, gradient norm {norm}; lower --learning_rate (now {lr:.2g})"
+                             + (", the last checkpoint is kept" if os.path.exists(os.path.join(s.out_dir, "checkpoint.pt")) else ""))
+        unmoved -= {name for name in unmoved if named[name].grad is not None and named[name].grad.any()}
+        if step == 2 and unmoved and s.learning_rate:
+            raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # record
+        seconds, clock = time.time() - clock, time.time()
+        tokens = sum(len(p) + len(a) for p, a in (train[i] for i in rows))
+        record = dict(step=step, **terms, **{f"lambda{i + 1}": w for i, w in enumerate(lambdas)}, grad_norm=norm, lr=lr, tokens_per_s=tokens / seconds,
+                      peak_GiB=eval.peak_memory(device))
+        eval.append(os.path.join(s.out_dir, "log.jsonl"), record)
+        if step % s.log_interval == 0 or step == max_iters:
+            print(progress_line(record, max_iters, seconds), flush=True)
+        if step % s.eval_interval == 0 or step == max_iters:
+            record = evaluate()
+            eval.save_checkpoint(s.out_dir, step, net, optimizer)
+            clock = time.time()
+    finish(s, net, tok, full, held_out, max_iters)
+
+
+def progress_line(record, max_iters, seconds):
+    """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
+    terms = [f"task {record['task']:.4f}"]
+    for i, name in enumerate(("cr", "dr", "svdr"), 1):
+        if record[name] is not None:
+            terms.append(f"{name} {record[name]:.4f} ({record[name] * record[f'lambda{i}']:.5f})")
+    left = (max_iters - record["step"]) * seconds
+    return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
+        f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
+
+
+def finish(s, net, tok, full, held_out, max_iters):
+    """Save what was trained, draw the loss, show before and after."""
+    if full:
+        net.save(os.path.join(s.out_dir, "model"), tok)
+    else:
+        balora.save_adapter(net, os.path.join(s.out_dir, "adapter"), base=model.HUB.get(s.init, s.init))
+    eval.plot_curves([s.out_dir], os.path.join(s.out_dir, "loss.png"))
+    records = [json.loads(line) for line in open(os.path.join(s.out_dir, "eval.jsonl"), encoding="utf-8")]
+    first, last = records[0], records[-1]
+    print(f"\n{'':<14}{'before':>10}{'after':>10}")
+    for name in last:
+        if name != "step" and last[name] is not None:
+            print(f"{name:<14}{first[name]:>10.4f}{last[name]:>10.4f}")
+    for (prompt, answer), ids in zip(held_out[:3], net.generate([p for p, _ in held_out[:3]], s.max_new)):
+        print(f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(ids).strip()}\n  reference: {tok.decode(answer[:-1]).strip()}")
+    print(f"\nloss figure: {os.path.join(s.out_dir, 'loss.png')}")
+
+
+if __name__ == "__main__":
+    eval.run_main(main)
