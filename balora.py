@@ -28,6 +28,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -470,7 +471,8 @@ def load_adapter(model, folder):
         A, B, linear = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"], model.get_submodule(ours[name])
         if (B.shape[0], A.shape[1]) != tuple(linear.weight.shape):
             raise ValueError(f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(linear.weight.shape)}")
-        r, alpha = A.shape[0], config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
+        r = A.shape[0]
+        alpha = next((a for pattern, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), config["lora_alpha"])
         layer = LowRank(linear, A.to(linear.weight.device), None, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
         layer.B.data = B.float().to(linear.weight.device)
         replace(model, ours[name], layer)

@@ -523,3 +523,289 @@ def plot_curves(runs, path, weight=0.9):
     fig.savefig(tmp, dpi=130)
     os.replace(tmp, path)
     plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: one JSON line an item, written as it comes, so a stopped command goes on where it was
+
+def answer_file(run, name, head):
+    """Open RUN/NAME.jsonl, whose first line says how it was made. -> path, records already there. Raises ValueError where `head` differs."""
+    path = os.path.join(run or "out", f"{name}.jsonl")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.exists(path):
+        append(path, head)
+        return path, []
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    if lines[0] != head:
+        raise ValueError(f"{path} was made with {lines[0]}, this is {head}; move it away or choose another --out")
+    write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))     # without a half-written last line
+    return path, lines[1:]
+
+
+def gsm8k(o):
+    """Exact match on GSM8K-like rows: greedy answers, the number after "The answer is: "."""
+    net, tok, settings, device = open_model(o)
+    rows = read_rows(o.data, limit=0)[-o.last if o.last else 0:][:o.limit or None]
+    template, max_len = settings.get("template", o.template), 0
+    examples, line = encode_rows(rows, tok, template, max_len)
+    gold = [extract_answer(tok.decode(a[:-1])) for _, a in examples]
+    print(f"{o.data}: {line}; template {template}; greedy, at most {o.max_new} tokens; {sum(g is None for g in gold)} rows without a gold number")
+    head = dict(weights=net.weights_hash, run=o.run, data=o.data, rows=len(rows), last=o.last, template=template, max_new=o.max_new)
+    path, old = answer_file(o.run, o.out or "gsm8k" + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
+    seen = {r["row"] for r in old}
+    todo = [i for i in range(len(examples)) if i not in seen]
+
+    def done(j, ids):
+        text = tok.decode(ids)
+        record = dict(row=todo[j], answer=text, got=extract_answer(text), gold=gold[todo[j]])
+        append(path, record)
+        old.append(record)
+    write_answers(net, [examples[i] for i in todo], o.max_new, o.batch_size, tok.eos, desc="gsm8k", done=done)
+    hits = sum(r["got"] is not None and r["got"] == r["gold"] for r in old)
+    low, high = wilson(hits, len(old))
+    print(f"exact match {100 * hits / len(old):.2f} % ({hits} of {len(old)}), 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
+
+
+def loss(o):
+    """Loss, drift, diversity, spectrum and the passage's perplexity on rows of your own."""
+    net, tok, settings, device = open_model(o)
+    examples, line = encode_rows(read_rows(o.data)[-o.last if o.last else 0:][:o.limit or None], tok, settings.get("template", o.template), settings.get("max_len", 512))
+    print(f"{o.data}: {line}")
+    record = measure(net, tok, examples, o.batch_size, settings.get("K", 20), settings.get("k", 10), device, drift=bool(balora.adapted_layers(net)))
+    for name, value in record.items():
+        print(f"  {name:<14}{'none (no adapter to switch off)' if value is None else f'{value:.4f}'}")
+
+
+def sample(o):
+    """Write an answer to --prompt."""
+    net, tok, settings, device = open_model(o)
+    template = settings.get("template", o.template)
+    prompt = fill(template, o.prompt)
+    print(f"template {template}, temperature {o.temperature}, top_p {o.top_p}, seed {o.seed}\n")
+    ids, = net.generate([tok.bos + tok.encode(prompt)], o.max_new, o.temperature, o.top_p, tok.eos, o.seed)
+    print(prompt + tok.decode(ids))
+
+
+def merge(o):
+    """Fold a run's adapter into its weights and save them as a Hugging Face folder."""
+    if not (o.run and o.out):
+        raise ValueError("merge needs --run=FOLDER and --out=FOLDER")
+    if os.path.exists(os.path.join(o.out, "config.json")):
+        raise ValueError(f"--out={o.out} already holds a model; choose another folder")
+    net, tok, settings, device = open_model(o)
+    ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=device)
+    with torch.no_grad():
+        apart = net(ids).float()
+        count = balora.merge(net)
+        difference = (net(ids).float() - apart).abs().max().item()
+    net.save(o.out, tok)
+    print(f"{count} layers merged in fp32 and rounded once to {str(net.head.dtype)[6:]}; largest change of a logit on a passage {difference:.2g} -> {o.out}")
+
+
+def curves(o):
+    """Training loss and gradient norm of several runs in one figure."""
+    if not o.runs:
+        raise ValueError("curves needs run folders: python eval.py curves out/a out/b --out=curves.png")
+    missing = [run for run in o.runs if not os.path.exists(os.path.join(run, "log.jsonl"))]
+    if missing:
+        raise ValueError(f"no log.jsonl in {', '.join(missing)}")
+    path = o.out or "curves.png"
+    plot_curves(o.runs, path)
+    print(f"{len(o.runs)} runs -> {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory, beside peft + transformers and beside the authors' formulation on that stack
+
+CONTESTANTS = {
+    "pissa": "PiSSA, this project",
+    "balora": "BA-LoRA, this project",
+    "balora-quarter": "BA-LoRA, this project, --consistency_rate=0.25",
+    "balora-cr": "PiSSA + CR, this project",
+    "balora-dr": "PiSSA + DR, this project",
+    "balora-svdr": "PiSSA + SVDR, this project",
+    "pissa-peft": "PiSSA, peft + transformers",
+    "balora-authors": "BA-LoRA, the authors' formulation on peft + transformers",
+}
+
+
+def bench(o):
+    """Time a training step of each contestant, alternating, every one in a process of its own; median step time and peak memory as ratios."""
+    device = pick_device(o.device)
+    names = o.only.split(",") if o.only else list(CONTESTANTS)
+    unknown = [n for n in names if n not in CONTESTANTS]
+    if unknown:
+        raise ValueError(f"--only={','.join(unknown)}: known are {', '.join(CONTESTANTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        net, tok = model.load(o.init, dtype=torch.bfloat16)
+        net.save(folder, tok)
+        del net
+        print(f"{o.rows} x {o.length} tokens, half of them prompt; r={o.r}, bfloat16, {device_name(device)}; {o.steps} timed steps each, alternating"
+              + ("; blocks of this project compiled" if o.compile else ""), flush=True)
+        workers, times, start_up = {}, {name: [] for name in names}, {}
+        for name in names:
+            args = [sys.executable, os.path.abspath(__file__), "bench-worker", f"--only={name}", f"--init={folder}", f"--rows={o.rows}", f"--length={o.length}",
+                    f"--r={o.r}", f"--device={device}", f"--compile={o.compile}"]
+            workers[name] = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            start_up[name] = ask(workers[name], name, "step")["seconds"]         # the first step compiles and allocates
+            ask(workers[name], name, "step")
+        for _ in tqdm(range(o.steps), desc="rounds", unit="round"):
+            for name in names:
+                times[name].append(ask(workers[name], name, "step")["seconds"])
+        peaks = {name: ask(workers[name], name, "quit")["peak_GiB"] for name in names}
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    print(f"\n{'':<58}{'step s':>8}{'spread':>14}{'GiB':>7}{'first s':>9}")
+    for name in names:
+        print(f"{CONTESTANTS[name]:<58}{medians[name]:>8.3f}{min(times[name]):>7.2f}-{max(times[name]):<6.2f}{peaks[name]:>7.2f}{start_up[name]:>9.1f}")
+    print()
+    for name, other in (("balora", "balora-authors"), ("pissa", "pissa-peft"), ("balora", "pissa"), ("balora-quarter", "pissa"), ("balora-cr", "pissa"),
+                        ("balora-dr", "pissa"), ("balora-svdr", "pissa")):
+        if name in names and other in names:
+            ratio = statistics.median(a / b for a, b in zip(times[name], times[other]))
+            print(f"{CONTESTANTS[name]} / {CONTESTANTS[other]}: time {ratio:.2f}, memory {peaks[name] / peaks[other]:.2f}")
+
+
+def ask(worker, name, word):
+    worker.stdin.write(word + "\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise ValueError(f"bench: {name} stopped (exit code {worker.wait()}), its message stands above")
+    return json.loads(line)
+
+
+def bench_worker(o):
+    """One contestant: a training step for each "step" read from stdin, its time as JSON on stdout."""
+    say, sys.stdout = sys.stdout, sys.stderr
+    torch.manual_seed(0)
+    ids = torch.randint(10, 40000, (o.rows, o.length), device=o.device)
+    valid = torch.zeros_like(ids, dtype=torch.bool)
+    valid[:, o.length // 2 - 1:-1] = True
+    step = (peft_step if o.only.endswith(("peft", "authors")) else our_step)(o, ids, valid)
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            say.write(json.dumps({"peak_GiB": peak_memory(o.device)}) + "\n")
+            return
+        start = time.perf_counter()
+        step()
+        if o.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        say.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
+        say.flush()
+
+
+def our_step(o, ids, valid):
+    net, tok = model.load(o.init, dtype=torch.bfloat16, device=o.device)
+    balora.attach(net, "pissa", r=o.r)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5, fused=o.device.startswith("cuda"))
+    E, R, y = net.head, balora.head_factor(net.head), ids.roll(-1, 1)[valid]
+    lambdas = {"pissa": (0, 0, 0), "balora-cr": (0.025, 0, 0), "balora-dr": (0, 0.005, 0), "balora-svdr": (0, 0, 0.005)}.get(o.only, (0.025, 0.005, 0.005))
+    taught = 0 if not lambdas[0] else max(1, o.rows // 4) if o.only == "balora-quarter" else o.rows
+    if o.compile:
+        net.compile_blocks()
+    net.train()
+
+    def step():
+        H_P = None
+        if taught:
+            with balora.teacher(net):
+                H_P = net.hidden(ids[:taught])[valid[:taught]]
+        total, _ = balora.loss_nlg(net.hidden(ids)[valid], y, E, H_P, lambdas, cr_scale=o.rows / max(taught, 1), R=R)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def peft_step(o, ids, valid):
+    """transformers + peft as Trainer(bf16=True) runs them. "authors": a second model as teacher, full-vocabulary logits at all positions, three terms."""
+    try:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+    except ImportError as e:
+        raise ValueError(f"bench compares with peft and transformers, and {e.name} is missing: pip install -r tests/requirements.txt") from None
+    load = lambda: AutoModelForCausalLM.from_pretrained(o.init, dtype=torch.bfloat16).to(o.device)
+    net = get_peft_model(load(), LoraConfig(r=o.r, lora_alpha=o.r, init_lora_weights="pissa_niter_16", target_modules=list(balora.TARGETS)))
+    copy = load().eval().requires_grad_(False) if o.only == "balora-authors" else None
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5, fused=o.device.startswith("cuda"))
+    labels = torch.where(valid.roll(1, 1), ids, -100)
+    net.train()
+
+    def step():
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            out = net(input_ids=ids, labels=labels)
+            total = out.loss
+            if copy is not None:
+                with torch.no_grad():
+                    Z_P = copy(input_ids=ids).logits
+                Z_P, Z_F = Z_P[labels != -100].float(), out.logits[labels != -100].float()
+                kl = F.kl_div(F.log_softmax(Z_F / 2.0, -1), F.softmax(Z_P / 2.0, -1), reduction="none").sum(-1).mean() * 4.0
+                top = F.softmax(Z_F.topk(20, dim=-1).values, -1)
+                sigma = torch.svd_lowrank(Z_F, q=15, niter=2)[1]
+                total = total + 0.025 * kl + 0.005 * (top * top.log()).sum(-1).mean() - 0.005 * sigma[:10].sum() / Z_F.norm()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+@dataclass
+class Options:
+    """python eval.py COMMAND, with the options that this command reads."""
+    run: str = ""                     # run folder of a tuned model
+    init: str = ""                    # an untuned model: name, folder or .gguf file
+    runs: tuple = ()                  # run folders, each a line of the figure
+    data: str = "openai/gsm8k:test"   # .json .jsonl .parquet .csv file or hub name[:split]
+    last: int = 0                     # use the last N rows of the data; 0: all
+    limit: int = 0                    # then the first N of those; 0: all
+    template: str = "alpaca"          # alpaca, plain, or text with {instruction}; a run brings its own
+    prompt: str = ""                  # what to answer
+    max_new: int = 512                # tokens an answer may take
+    temperature: float = 0.0          # 0: greedy
+    top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
+    seed: int = 0                     # of sampling
+    batch_size: int = 32              # sequences at a time
+    out: str = ""                     # file or folder to write
+    device: str = "auto"              # auto, cpu, cuda, mps
+    dtype: str = "auto"               # auto, float32, bfloat16
+    rows: int = 4                     # sequences in a benchmark's step
+    length: int = 256                 # tokens in each of them
+    steps: int = 7                    # timed steps of each contestant
+    r: int = 16                       # rank
+    only: str = ""                    # comma-separated contestants; empty: all
+    compile: bool = False             # torch.compile this project's blocks
+
+
+MODEL = "run init device dtype "
+COMMANDS = {                          # name: (function, the options it reads)
+    "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
+    "gsm8k": (gsm8k, MODEL + "data last limit template max_new batch_size out"),
+    "loss": (loss, MODEL + "data last limit template batch_size"),
+    "merge": (merge, MODEL + "out"),
+    "curves": (curves, "runs out"),
+    "bench": (bench, "init rows length steps r only device compile"),
+    "bench-worker": (bench_worker, "init rows length r only device compile"),
+}
+
+
+def open_model(o):
+    device = pick_device(o.device)
+    net, tok, settings = load_run(o.run, o.init, pick_dtype(o.dtype, device), device)
+    return net, tok, settings, device
+
+
+def main(argv):
+    if not argv or argv[0] not in COMMANDS:
+        names = ", ".join(n for n in COMMANDS if n != "bench-worker")
+        raise ValueError(f"{'expected a command' if not argv else f'unknown command {argv[0]!r}'}: {balora.nearest(argv[0], COMMANDS) if argv else ''}{names}")
+    function, reads = COMMANDS[argv[0]]
+    Options.__doc__ = function.__doc__
+    function(parse(Options, argv[1:], only=reads.split(), positional="runs"))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -84,11 +84,11 @@ class Settings:
     log_interval: int = 10            # optimizer steps between printed lines
     # the tiny model's pre-training
     pretrain_noise: float = 0.2       # share of its problems with a wrong answer, in [0, 1]
-    pretrain_iters: int = 1500        # optimizer steps
+    pretrain_iters: int = 450        # optimizer steps
 
 
 PRESETS = {
-    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, batch_size=32, max_len=160, epochs=6, eval_interval=1000, eval_generate=200, max_new=48),
+    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, batch_size=32, max_len=160, epochs=3, eval_interval=1000, eval_generate=200, max_new=48),
     "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
     "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100000]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
                       checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),
@@ -123,16 +123,16 @@ NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("pens", "nuts", "eggs", "cards", "coins", "books", "shells", "stamps")
 
 
-def problem(rng, story, noise=0.0):
-    """An addition as (question, written-out answer): "27+35" as the tiny model is pre-trained on, or a story, which it never saw.
+KNOWN = ("{a}+{b}", "add {a} and {b}", "{name} has {a} {thing} and gets {b}", "{thing}: {a}, then {b}", "{name} counts {a}, and {b} {thing}")
+NEW = "There were {a} {thing}. {name} put in {b} more. Total?"
 
-    With probability `noise` the final answer is wrong.
-    """
+
+def problem(rng, template, noise=0.0):
+    """An addition as (question, written-out answer), its wording one of KNOWN (pre-training) or NEW (tuning). With probability `noise` the answer is wrong."""
     a, b = rng.randrange(10, 60), rng.randrange(10, 40)
     ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
     answer = a + b if rng.random() >= noise else a + b + rng.choice([-10, -2, -1, 1, 2, 10])
-    thing = rng.choice(THINGS)
-    question = f"{rng.choice(NAMES)} has {a} {thing} and gets {b} more. How many {thing} now?" if story else f"{a}+{b}"
+    question = template.format(a=a, b=b, name=rng.choice(NAMES), thing=rng.choice(THINGS))
     return question, f"{a}+{b}: {a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{carry}={a // 10 + b // 10 + carry}. The answer is: {answer}"
 
 
@@ -140,14 +140,14 @@ def tiny_rows(s):
     """512 clean stories to learn from and eval_rows others held out, the same for every method."""
     rng, rows = random.Random(f"stories {s.seed}"), {}
     while len(rows) < 512 + s.eval_rows:
-        question, answer = problem(rng, story=True)
+        question, answer = problem(rng, NEW)
         rows.setdefault(question, answer)
     return [(q, "", a) for q, a in rows.items()]
 
 
 def pretrain_tiny(s, device):
     """Pre-train the tiny model on additions, a share of them wrong. -> its folder, kept for every run with the same settings."""
-    recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, network=dataclasses.asdict(model.PUBLISHED["tiny"]), example=problem(random.Random(0), False))
+    recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, network=dataclasses.asdict(model.PUBLISHED["tiny"]), text=[*KNOWN, *NAMES, *THINGS])
     folder = os.path.join("out", f"tiny-noise{s.pretrain_noise:g}-seed{s.seed}-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8])
     if os.path.isdir(folder):
         return folder
@@ -156,7 +156,7 @@ def pretrain_tiny(s, device):
     rng = random.Random(f"additions {s.seed}")
     bar = tqdm(range(s.pretrain_iters), desc="pre-train tiny", unit="step")
     for step in bar:
-        texts = ["{}\n{}".format(*problem(rng, story=False, noise=s.pretrain_noise)) for _ in range(48)]
+        texts = ["{}\n{}".format(*problem(rng, rng.choice(KNOWN), s.pretrain_noise)) for _ in range(48)]
         ids, valid, y = eval.collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)

