@@ -31,6 +31,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -314,11 +315,12 @@ def range_basis(Z, q, niter, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 
-def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, M=None, cr_scale=1.0, share=1.0, R=None, chunk=128):
+def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, M=None, cr_scale=1.0, share=1.0, R=None, chunk=None, compile=False):
     """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLG").
 
     With E None, H_F and H_P are logits [M, V]: the path to read. With a frozen head E [V, d] they are hidden states [M, d]: logits
-    are made `chunk` rows at a time and their gradient is taken at once, so [M, V] never exists; the same functions do the maths.
+    are made `chunk` rows at a time (None: 64 on a CPU, 1024 elsewhere) and their gradient is taken at once, so [M, V] never
+    exists; the same functions do the maths, through torch.compile where `compile` is set.
 
     y [M]: token ids. H_P: the teacher's, for the first len(H_P) rows (all of them, unless only some sequences were shown to it).
     M: valid positions in the whole optimizer step, default those here; token-wise terms are Σ/M, so micro-batches add up to the
@@ -326,32 +328,39 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     over micro-batches, which SVDR takes. R: head_factor(E). A term whose λ is 0 is not computed.
     -> total (scalar, differentiable), terms {"task", "cr", "dr", "svdr"}: raw values that add up over micro-batches.
     """
-    M = M or len(y)
     l1, l2, l3 = lambdas
     if l1 and H_P is None:
         raise ValueError("loss_nlg: λ1 > 0 needs the teacher's H_P")
-    weight = {"task": 1.0, "cr": l1, "dr": l2, "svdr": l3}
-
-    def token_terms(H, y, H_P):
-        """Task, CR and DR of some rows of the micro-batch, each as Σ over those rows / M."""
-        Z_F = logits(H, E)
-        out = {"task": F.cross_entropy(Z_F, y, reduction="sum") / M}
-        if l1 and len(H_P):
-            out["cr"] = cr_nlg(logits(H_P, E), Z_F[: len(H_P)], T) * len(H_P) * cr_scale / M
-        if l2:
-            out["dr"] = dr_nlg(Z_F, K) * len(Z_F) / M
-        return out
-
-    H_P = H_F[:0] if H_P is None else H_P
+    weight = {"task": 1 / (M or len(y)), "cr": l1 * cr_scale / (M or len(y)), "dr": l2 / (M or len(y))}
+    H_P = H_P if l1 else H_F[:0]
+    sums = compiled(token_sums) if compile else token_sums
     if E is None:
-        terms = token_terms(H_F, y, H_P)
-        total = sum(weight[name] * value for name, value in terms.items())
+        values = sums(H_F, y, H_P, E, T, K, bool(l2))
+        total = sum(weight[name] * v for name, v in values.items())
     else:
-        total, terms = by_chunks(token_terms, weight, H_F, y, H_P, chunk)
+        total, values = by_chunks(sums, weight, H_F, y, H_P, E, T, K, bool(l2), chunk or (64 if H_F.device.type == "cpu" else 1024))
+    scale = {"task": weight["task"], "cr": cr_scale * weight["task"], "dr": weight["task"]}
+    terms = {name: scale[name] * v.detach() for name, v in values.items()}
     if l3:
-        terms["svdr"] = svdr_nlg(H_F if E is None else F.linear(H_F.float(), R), k) * share
-        total = total + l3 * terms["svdr"]
-    return total, {name: value.detach() for name, value in terms.items()}
+        svdr = svdr_nlg(H_F if E is None else F.linear(H_F.float(), R), k) * share
+        total, terms["svdr"] = total + l3 * svdr, svdr.detach()
+    return total, terms
+
+
+def token_sums(H_F, y, H_P, E, T, K, diversity):
+    """The token-wise terms of some rows, each summed over its rows (the functions above are means). H_P may cover the first rows only."""
+    Z_F = logits(H_F, E)
+    sums = {"task": F.cross_entropy(Z_F, y, reduction="sum")}
+    if len(H_P):
+        sums["cr"] = len(H_P) * cr_nlg(logits(H_P, E), Z_F[: len(H_P)], T)
+    if diversity:
+        sums["dr"] = len(H_F) * dr_nlg(Z_F, K)
+    return sums
+
+
+@lru_cache
+def compiled(function):
+    return torch.compile(function)
 
 
 def logits(H, E):
@@ -359,20 +368,20 @@ def logits(H, E):
     return (H if E is None else F.linear(H, E)).float()
 
 
-def by_chunks(token_terms, weight, H_F, y, H_P, chunk):
-    """Sum token_terms over chunks of rows; the gradient with respect to H_F is taken chunk by chunk and kept for the backward pass."""
-    total, terms, G = 0.0, {}, torch.empty_like(H_F)
+def by_chunks(sums, weight, H_F, y, H_P, E, T, K, diversity, chunk):
+    """Weighted total and values of `sums` over chunks of rows. The gradient with respect to H_F is taken chunk by chunk and kept for the backward pass."""
+    total, values, G = 0.0, {}, torch.empty_like(H_F)
     learn = H_F.requires_grad and torch.is_grad_enabled()
     for rows in (slice(start, start + chunk) for start in range(0, len(y), chunk)):
         H = H_F[rows].detach().requires_grad_(learn)
-        part = token_terms(H, y[rows], H_P[rows])
+        part = sums(H, y[rows], H_P[rows], E, T, K, diversity)
         value = sum(weight[name] * v for name, v in part.items())
         if learn:
             G[rows], = torch.autograd.grad(value, H)
         total = total + value.detach()
         for name, v in part.items():
-            terms[name] = terms.get(name, 0.0) + v.detach()
-    return WithGradient.apply(H_F, total, G), terms
+            values[name] = values.get(name, 0.0) + v.detach()
+    return WithGradient.apply(H_F, total, G), values
 
 
 class WithGradient(torch.autograd.Function):

@@ -153,43 +153,51 @@ def write_json(path, record):
     write_atomic(path, lambda f: f.write(json.dumps(record, indent=1, ensure_ascii=False).encode()))
 
 
-def open_run(settings, net, device, base):
-    """Make settings.out_dir, or check that --resume continues the same run; write config.json. -> the checkpoint to go on from, or None."""
+def check_run(settings):
+    """Before anything slow: may this run use settings.out_dir? -> its config.json if --resume continues it, or None."""
     out, path = settings.out_dir, os.path.join(settings.out_dir, "config.json")
-    record = dict(settings=dataclasses.asdict(settings), source=net.source, base=base, weights_hash=net.weights_hash, device=device_name(device),
-                  versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv)
-    if os.path.exists(path):
-        old = read_json(path)
-        changed = [f"{k} ({old['settings'].get(k)} there, {v} here)" for k, v in record["settings"].items() if k not in FREE and old["settings"].get(k) != v]
-        if not (settings.resume or settings.overwrite):
-            raise ValueError(f"{out} holds " + (f"another run: {'; '.join(changed[:3])}. Choose another --out_dir, or" if changed else "a run of these settings: --resume goes on with it,")
-                             + " --overwrite starts it anew")
-        if settings.resume and changed:
-            raise ValueError(f"--resume: {out} was run with other settings: {'; '.join(changed[:3])}")
-        if settings.resume and old["weights_hash"] != net.weights_hash:
-            raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
-    if settings.overwrite and not settings.resume:
+    if not os.path.exists(path):
+        return None
+    old = read_json(path)
+    changed = "; ".join([f"{k} ({old['settings'].get(k)} there, {v} here)" for k, v in dataclasses.asdict(settings).items()
+                         if k not in FREE and old["settings"].get(k) != v][:3])
+    if settings.resume and changed:
+        raise ValueError(f"--resume: {out} was run with other settings: {changed}")
+    if not (settings.resume or settings.overwrite):
+        raise ValueError(f"{out} holds " + (f"another run: {changed}. Choose another --out_dir, or" if changed else "a run of these settings: --resume goes on with it,")
+                         + " --overwrite starts it anew")
+    return old if settings.resume else None
+
+
+def open_run(settings, net, device, base):
+    """Make settings.out_dir and its config.json. -> the checkpoint to go on from, or None."""
+    out, old = settings.out_dir, check_run(settings)
+    if old and old["weights_hash"] != net.weights_hash:
+        raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
+    if not settings.resume:
         for name in ("log.jsonl", "eval.jsonl", "checkpoint.pt", "loss.png", "adapter", "model"):
             victim = os.path.join(out, name)
             shutil.rmtree(victim) if os.path.isdir(victim) else os.path.exists(victim) and os.remove(victim)
     os.makedirs(out, exist_ok=True)
-    write_json(path, record)
+    write_json(os.path.join(out, "config.json"), dict(
+        settings=dataclasses.asdict(settings), source=net.source, base=base, weights_hash=net.weights_hash, device=device_name(device),
+        versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv))
     start = load_checkpoint(out) if settings.resume else None
     if settings.resume and start is None:
         print(f"--resume: {out} has no checkpoint yet, starting at step 0")
-    for name in ("log.jsonl", "eval.jsonl"):                                      # forget what came after the checkpoint
-        cut(os.path.join(out, name), start["step"] if start else 0)
+    for name in ("log.jsonl", "eval.jsonl"):                                     # forget what came after the checkpoint
+        cut(os.path.join(out, name), start["step"] if start else -1)
     return start
 
 
 def cut(path, step):
-    """Keep the records of finished steps (a record of training step i counts as i + 1; one of an evaluation as its own step)."""
+    """Keep the records up to `step` and drop a line that a kill cut off."""
     if os.path.exists(path):
         kept = []
         for line in open(path, encoding="utf-8"):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:                                         # the line that a kill cut off
+            except json.JSONDecodeError:
                 break
             if record["step"] <= step:
                 kept.append(line)
@@ -313,7 +321,7 @@ def read_table(data):
             check_json(data)
         try:
             return datasets.load_dataset(kind, data_files=data, split="train")
-        except datasets.exceptions.DatasetGenerationError as e:
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
             raise ValueError(f"{data}: cannot be read as {kind} ({e.__cause__ or e})") from None
     name, _, split = data.partition(":")
     try:
@@ -341,8 +349,9 @@ def check_json(path):
 
 
 def clean_answer(text):
-    """GSM8K's "<<48/2=24>>" go, and a final "#### 72" becomes "The answer is: 72", which is what `extract_answer` reads."""
-    return re.sub(r"####\s*(\S.*?)\s*$", r"The answer is: \1", re.sub(r"<<[^<>]*>>", "", text))
+    """GSM8K's "<<48/2=24>>" go, and a final "#### 1,234" becomes "The answer is: 1234", which is what `extract_answer` reads."""
+    final = lambda m: "The answer is: " + re.sub(r"(?<=\d),(?=\d)", "", m[1])
+    return re.sub(r"####\s*(\S.*?)\s*$", final, re.sub(r"<<[^<>]*>>", "", text))
 
 
 def fill(template, instruction, given=""):
@@ -427,6 +436,8 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
         if drift:
             with balora.teacher(net):
                 H_P = net.hidden(ids)[valid]
+        if not H_F.isfinite().all():
+            raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
         for part in (slice(a, a + chunk) for a in range(0, len(y), chunk)):
             Z_F = balora.logits(H_F[part], E)
             total["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
@@ -711,7 +722,7 @@ def our_step(o, ids, valid):
         if taught:
             with balora.teacher(net):
                 H_P = net.hidden(ids[:taught])[valid[:taught]]
-        total, _ = balora.loss_nlg(net.hidden(ids)[valid], y, E, H_P, lambdas, cr_scale=o.rows / max(taught, 1), R=R)
+        total, _ = balora.loss_nlg(net.hidden(ids)[valid], y, E, H_P, lambdas, cr_scale=o.rows / max(taught, 1), R=R, compile=o.compile)
         total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

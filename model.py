@@ -687,6 +687,14 @@ def load(init, dtype=None, device="cpu", seed=0, say=print):
     return net, tok
 
 
+def config_of(init):
+    """The Config of a known name (published, no download), a folder or a .gguf file."""
+    if init in PUBLISHED:
+        return PUBLISHED[init]
+    path, _ = find(init)
+    return gguf_config(path, *gguf_reader(path)) if path.endswith(".gguf") else read_config(path)
+
+
 def find(init):
     """-> (folder or .gguf file, what to call the source)."""
     if init.endswith(".gguf"):

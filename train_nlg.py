@@ -202,7 +202,7 @@ def order_of(examples, batch_size, seed, epoch):
 
 def dry_run(s):
     """What a run would train and need, from sizes alone."""
-    config = model.PUBLISHED.get(s.init) or model.config_of(s.init)
+    config = model.config_of(s.init)
     with torch.device("meta"):
         net = model.Transformer(config)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
@@ -238,6 +238,7 @@ def main(argv):
     check(s)
     if s.dry_run:
         return dry_run(s)
+    eval.check_run(s)
     device = eval.pick_device(s.device)
     dtype = eval.pick_dtype(s.dtype, device)
     full = balora.METHODS[s.method].layer is None
@@ -310,7 +311,7 @@ def main(argv):
                         H_P = F.linear(H_P, net.head) if full else H_P
                 H_F = net.hidden(ids)[valid]                                     # [M of this micro-batch, d]
                 H_F = F.linear(H_F, net.head) if full else H_F
-            total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R)
+            total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile)
             total.backward()
             for name, value in values.items():
                 terms[name] = value.item() + (terms[name] or 0.0)

@@ -1,0 +1,283 @@
+"""eval.py: settings, run folder, rows and prompts, metrics, commands."""
+import csv
+import json
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import balora
+import eval
+import model
+
+
+@dataclass
+class Toy:
+    """Toy settings."""
+    init: str = "a"                   # which
+    rate: float = 0.5                 # a share, in (0, 1]
+    weight: float | None = None       # None: chosen
+    steps: int = 3                    # count
+    fast: bool = False                # quick
+
+
+def test_parse():
+    p = lambda *argv: eval.parse(Toy, list(argv), {"b": {"steps": 7, "rate": 0.1}}, by="init")
+    assert p() == Toy() and p("--rate=0.25", "--steps", "9") == Toy(rate=0.25, steps=9)
+    assert p("--init=b") == Toy(init="b", steps=7, rate=0.1) and p("--init", "b", "--steps=2").steps == 2
+    assert p("--fast").fast and p("--fast=true").fast and not p("--fast=false").fast and not p("--no-fast").fast
+    assert p("--weight=1e-3").weight == 1e-3
+    for argv, words in ((["--stps=3"], "unknown option --stps=3: did you mean steps"), (["--steps=x"], "invalid int"), (["--fast=perhaps"], "true or false"),
+                        (["--ste=3"], "unknown option")):
+        with pytest.raises(ValueError, match=words):
+            p(*argv)
+
+
+def test_help_prints_the_comments(capsys):
+    with pytest.raises(SystemExit):
+        eval.parse(Toy, ["--help"])
+    out = capsys.readouterr().out
+    assert "a share, in (0, 1] (default: 0.5)" in out and "--steps" in out
+
+
+# rows and prompts
+
+ROWS = [{"instruction": "Add", "input": "2 and 2", "output": "4"}, {"instruction": "Say hi", "input": "", "output": "hi"}]
+
+
+def test_read_rows_from_every_format(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        w = csv.DictWriter(f, ROWS[0])
+        w.writeheader(), w.writerows(ROWS)
+    import datasets
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    for kind in ("json", "jsonl", "csv", "parquet"):
+        assert eval.read_rows(str(tmp_path / f"a.{kind}")) == [("Add", "2 and 2", "4"), ("Say hi", "", "hi")], kind
+    assert eval.read_rows(str(tmp_path / "a.json"), limit=1) == [("Add", "2 and 2", "4")]
+    assert eval.read_rows(str(tmp_path / "a.json"), "output", "instruction") == [("4", "", "Add"), ("hi", "", "Say hi")]
+
+
+@pytest.mark.parametrize("q, a", [("query", "response"), ("question", "answer"), ("human", "assistant")])
+def test_fields_are_recognised(tmp_path, q, a):
+    (tmp_path / "a.json").write_text(json.dumps([{q: "x", a: "y", "type": "z"}]))
+    assert eval.read_rows(str(tmp_path / "a.json")) == [("x", "", "y")]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("a.jsonl", '{"query": "x", "response": "y"}\n{"query": "x", oops\n', "line 2: not JSON"), ("a.jsonl", '{"query": "x"}\n[1]\n', "line 2: expected a JSON object"),
+    ("a.json", '[{"query": "x"}, ', "not JSON"), ("a.json", "", "empty"), ("a.json", "[]", "no rows|cannot be read"), ("a.json", '[{"text": "x", "answer": "y"}]', "prompt_field.*its fields are text, answer"),
+    ("a.txt", "x", "expected an existing"),
+])
+def test_bad_data_says_what_is_wrong(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        eval.read_rows(str(tmp_path / name))
+
+
+def test_missing_data_says_so():
+    with pytest.raises(ValueError, match="expected an existing"):
+        eval.read_rows("nowhere.json")
+    with pytest.raises(ValueError, match="neither a file here nor a data set"):
+        eval.read_rows("some/dataset:train")
+
+
+def test_gsm8k_answers_are_cleaned(shared):
+    text = "He sold 48/2 = <<48/2=24>>24 clips.\nIn all <<48+24=72>>72.\n#### 72"
+    assert eval.clean_answer(text) == "He sold 48/2 = 24 clips.\nIn all 72.\nThe answer is: 72"
+    assert eval.clean_answer("#### 1,234 ") == "The answer is: 1234" and eval.clean_answer("plain #1") == "plain #1"
+    rows = eval.read_rows(str(shared / "gsm8k/train.jsonl"))
+    raw = [json.loads(line)["answer"] for line in open(shared / "gsm8k/train.jsonl")]
+    assert len(rows) == 7473 and not any("<<" in a or "####" in a for _, _, a in rows)
+    assert all(eval.extract_answer(a) == int(r.split("#### ")[1].replace(",", "")) for (_, _, a), r in zip(rows, raw))
+
+
+def test_prompts():
+    assert eval.fill("alpaca", "Add {x}").endswith("### Instruction:\nAdd {x}\n\n### Response:") and eval.fill("plain", "a") == "a\n"
+    assert "### Input:\n2\n\n### Response:" in eval.fill("alpaca", "Double", "2") and eval.fill("Q {instruction} A", "x") == "Q x A"
+    with pytest.raises(ValueError, match="instruction"):
+        eval.fill("nothing", "x")
+
+
+def test_encode_rows_drops_and_counts():
+    tok = model.Bytes()
+    rows = [("q", "", "a"), ("q", "", " "), ("q" * 50, "", "a"), ("q", "", "b" * 50)]
+    kept, line = eval.encode_rows(rows, tok, "plain", 20)
+    assert kept == [([256, *b"q\n"], [*b"a", 257])] and line == "4 rows read, 1 kept, 2 dropped: longer than 20 tokens, 1 dropped: no response"
+    with pytest.raises(ValueError, match="no row is left.*2 dropped"):
+        eval.encode_rows(rows[2:], tok, "plain", 20)
+    with pytest.raises(ValueError, match="template alone"):
+        eval.encode_rows(rows, tok, "alpaca", 100)
+
+
+def test_collate_labels_the_response_and_its_eos():
+    ids, valid, y = eval.collate([([1, 2, 3], [4, 0]), ([5], [6, 7, 0])], "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 0], [5, 6, 7, 0, 0]] and y.tolist() == [4, 0, 6, 7, 0]
+    assert valid.tolist() == [[False, False, True, True, False], [True, True, True, False, False]]
+    with pytest.raises(ValueError, match="labelled"):
+        eval.collate([([1, 2], [])], "cpu")
+
+
+# metrics
+
+@pytest.mark.parametrize("text, number", [
+    ("so The answer is: 72", 72), ("The answer is: 1\nThe answer is: -3.", -3), ("The answer is: $1,234.", 1234), ("The answer is: 1,234,567", 1234),
+    ("The answer is: 2 1/2", 2), ("The answer is: 7/2", 4), ("The answer is: 0.5", 0), ("The answer is: 3.7 apples", 4), ("The answer is:72", None), ("72", None),
+    ("The answer is: none", None), ("The answer is: 1/0", None), ("The answer is: ", None), ("The answer is: /5", None),
+])
+def test_extract_answer(text, number):
+    assert eval.extract_answer(text) == number
+
+
+def test_wilson_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for hits, n in ((0, 10), (3, 10), (473, 473), (51, 1319)):
+        want = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+        assert eval.wilson(hits, n) == pytest.approx((want.low, want.high), abs=1e-6)
+
+
+def test_distinct_and_smooth():
+    assert eval.distinct([[1, 2, 1], [1, 2]], 1) == 2 / 5 and eval.distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3 and eval.distinct([[]], 1) == 0
+    assert eval.smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2]) and eval.smooth([1, 3], 0.5) == pytest.approx([1, 7 / 3])
+
+
+def test_measure_by_hand(small):
+    """Loss, drift and diversity of two rows against a direct computation from full logits."""
+    net = small(vocab_size=259)
+    balora.attach(net, "pissa", r=4)
+    for layer in balora.adapted_layers(net).values():
+        layer.B.data += 0.1
+    examples = [([256, 5, 6], [7, 8, 9, 257]), ([256, 9], [3, 257])]
+    got = eval.measure(net, model.Bytes(), examples, batch_size=1, K=5, k=2, device="cpu", chunk=2)
+    loss = drift = entropy = 0.0
+    shares = []
+    with torch.no_grad():
+        for p, a in examples:
+            ids = torch.tensor([p + a])
+            Z_F = net(ids)[0, len(p) - 1:-1]
+            with balora.teacher(net):
+                Z_P = net(ids)[0, len(p) - 1:-1]
+            loss += F.cross_entropy(Z_F, torch.tensor(a), reduction="sum").item()
+            drift += F.kl_div(Z_F.log_softmax(-1), Z_P.softmax(-1), reduction="sum").item()
+            entropy += torch.distributions.Categorical(logits=Z_F.topk(5).values).entropy().sum().item()
+            sigma = torch.linalg.svdvals(Z_F)
+            shares.append((sigma[:2].sum() / sigma.sum()).item())
+        ids = torch.tensor([[256, *eval.PASSAGE.encode()]])
+        ppl = F.cross_entropy(net(ids)[0, :-1], ids[0, 1:]).exp().item()
+    assert (got["loss"], got["drift"], got["diversity"]) == pytest.approx((loss / 6, drift / 6, entropy / 6), rel=1e-4)
+    assert got["spectrum"] == pytest.approx(sum(shares) / 2, rel=1e-3) and got["passage_ppl"] == pytest.approx(ppl, rel=1e-4)
+
+
+# the run folder
+
+def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path):
+    path = tmp_path / "x.json"
+    eval.write_json(str(path), {"a": 1})
+
+    def full(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="cannot write.*No space left.*untouched"):
+        eval.write_atomic(str(path), full)
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_cut_drops_later_and_broken_records(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    eval.cut(str(path), 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_pick_device_and_dtype():
+    assert eval.pick_dtype("auto", "cpu") == torch.float32 and eval.pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    with pytest.raises(ValueError, match="float16"):
+        eval.pick_dtype("float16", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA"):
+            eval.pick_device("cuda")
+
+
+# commands, on a run of two steps
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a small model, rows, and a finished run on them."""
+    import train_nlg
+    from conftest import randomise, small_config
+    folder = tmp_path_factory.mktemp("run")
+    randomise(model.Transformer(small_config(vocab_size=259, max_len=512, eos=257))).save(folder / "base", model.Bytes())
+    rng = random.Random(0)
+    rows = [{"question": f"{a}+{b}", "answer": f"#### {a + b}"} for a, b in ((rng.randrange(90), rng.randrange(90)) for _ in range(40))]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_nlg.main([f"--init={folder}/base", f"--data={folder}/rows.jsonl", f"--out_dir={folder}/out", "--template=plain", "--max_iters=3", "--batch_size=8", "--eval_rows=8",
+                    "--r=4", "--learning_rate=1e-2", "--eval_generate=2", "--max_new=8"])
+    return folder
+
+
+def command(*argv):
+    eval.main([str(a) for a in argv])
+
+
+def test_sample(run, capsys):
+    command("sample", f"--run={run}/out", "--prompt=1+1", "--max_new=4")
+    out = capsys.readouterr().out
+    assert "balora adapter on 14 layers" in out and "1+1\n" in out
+    command("sample", f"--init={run}/base", "--prompt=1+1", "--max_new=4", "--temperature=1", "--template=plain")
+
+
+def test_loss_equals_the_training_scripts(run, capsys):
+    command("loss", f"--run={run}/out", f"--data={run}/rows.jsonl", "--last=8")
+    got = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    last = [json.loads(line) for line in open(run / "out/eval.jsonl")][-1]
+    assert float(got["loss"]) == pytest.approx(last["loss"], abs=2e-4) and float(got["drift"]) == pytest.approx(last["drift"], abs=2e-4) and last["drift"] > 1e-3
+
+
+def test_gsm8k_goes_on_where_it_was_stopped(run, capsys):
+    args = ["gsm8k", f"--run={run}/out", f"--data={run}/rows.jsonl", "--last=8", "--max_new=6", "--batch_size=4"]
+    command(*args)
+    first = capsys.readouterr().out.splitlines()[-1]
+    path = run / "out/gsm8k.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 9 and "95 % interval" in first
+    path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:10])
+    command(*args)
+    assert capsys.readouterr().out.splitlines()[-1] == first and sorted(path.read_text().splitlines()) == sorted(lines)
+    with pytest.raises(ValueError, match="was made with"):
+        command(*args[:-2], "--max_new=5")
+    right = [dict(row=i, answer="The answer is: 5", got=5, gold=5) for i in range(8)]
+    path.write_text("\n".join([lines[0], *map(json.dumps, right)]) + "\n")
+    command(*args)
+    assert "exact match 100.00 % (8 of 8)" in capsys.readouterr().out
+
+
+def test_merge_loads_in_transformers(run, capsys):
+    transformers = pytest.importorskip("transformers")
+    command("merge", f"--run={run}/out", f"--out={run}/merged")
+    net, tok, _ = eval.load_run(f"{run}/out", "", torch.float32, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    ids = torch.randint(0, 250, (2, 40))
+    with torch.no_grad():
+        assert (theirs(ids).logits - net(ids)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="already holds"):
+        command("merge", f"--run={run}/out", f"--out={run}/merged")
+
+
+def test_curves(run):
+    command("curves", run / "out", run / "out", f"--out={run}/c.png")
+    assert (run / "c.png").read_bytes()[:4] == b"\x89PNG" and (run / "out/loss.png").exists()
+    with pytest.raises(ValueError, match="no log.jsonl in"):
+        command("curves", run / "nowhere")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["gsm9k"], "did you mean gsm8k"), ([], "expected a command"), (["sample", "--prompt=x"], "either --run"), (["sample", "--run=nowhere"], "no such file"),
+    (["sample", "--init=tinny"], "expected one of"), (["curves"], "needs run folders"), (["merge", "--run=x"], "needs"), (["sample", "--steps=2"], "unknown option"), (["bench", "--only=x"], "known are"),
+])
+def test_bad_commands(argv, words):
+    with pytest.raises(ValueError, match=words):
+        command(*argv)
