@@ -342,7 +342,7 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     scale = {"task": weight["task"], "cr": cr_scale * weight["task"], "dr": weight["task"]}
     terms = {name: scale[name] * v.detach() for name, v in values.items()}
     if l3:
-        svdr = svdr_nlg(H_F if E is None else F.linear(H_F.float(), R), k) * share
+        svdr = svdr_nlg(H_F.float() if E is None else F.linear(H_F.float(), R), k) * share
         total, terms["svdr"] = total + l3 * svdr, svdr.detach()
     return total, terms
 

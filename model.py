@@ -173,9 +173,10 @@ class Transformer(nn.Module):
     """A decoder of the LLaMA family.
 
     `source` says where the weights came from, `weights_hash` is the sha256 (16 hex digits) of the file's tensors,
-    `checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    `checkpointing` recomputes each block in the backward pass instead of keeping its activations, `autocast` is the dtype of
+    the matrix products where that is not the weights' own (full tuning keeps fp32 weights).
     """
-    source, weights_hash, checkpointing = "random", "", False
+    source, weights_hash, checkpointing, autocast = "random", "", False, None
 
     def __init__(self, config):
         super().__init__()
@@ -203,17 +204,19 @@ class Transformer(nn.Module):
         """
         start = cache.length if cache else 0
         end = start + ids.shape[1]
-        x = self.embed(ids)
-        rope = tuple(t[start:end].to(x.dtype) for t in rope_table(self.config, end, ids.device))
         bias = None if mask is None and (start == 0 or ids.shape[1] == 1) else causal_mask(mask, start, end, ids.device)
-        for i, layer in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, bias, use_reentrant=False)
-            else:
-                x = layer(x, rope, bias, cache.layer(i) if cache else None)
+        with torch.autocast(ids.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            x = self.embed(ids)
+            rope = tuple(t[start:end].to(x.dtype) for t in rope_table(self.config, end, ids.device))
+            for i, layer in enumerate(self.layers):
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, rope, bias, use_reentrant=False)
+                else:
+                    x = layer(x, rope, bias, cache.layer(i) if cache else None)
+            x = self.norm(x)
         if cache:
             cache.length = end
-        return self.norm(x)
+        return x
 
     def compile_blocks(self):
         """torch.compile of every block in place (names stay); the first batch of a new kind takes about a minute."""
@@ -237,7 +240,7 @@ class Transformer(nn.Module):
         mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.bool)
         ids = torch.tensor([[0] * (L - len(p)) + list(p) for p in prompts], device=device)
         padded = not mask.all()
-        cache = Cache(self.config, len(prompts), L + max_new, self.embed.weight.dtype, device)
+        cache = Cache(self.config, len(prompts), L + max_new, self.autocast or self.embed.weight.dtype, device)
         rng = torch.Generator(device).manual_seed(seed)
         out, rows = [[] for _ in prompts], list(range(len(prompts)))
         was_training = self.training

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -244,7 +243,6 @@ def main(argv):
     full = balora.METHODS[s.method].layer is None
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
     net, tok = model.load(base, dtype=torch.float32 if full else dtype, device=device)      # a fully tuned model keeps fp32 weights
-    precision = torch.autocast(device.split(":")[0], dtype) if full and dtype != torch.float32 else nullcontext()
     start = eval.open_run(s, net, device, base)
     train, held_out = load_examples(s, tok)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
@@ -256,7 +254,7 @@ def main(argv):
     optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
-    net.checkpointing = s.checkpointing
+    net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
     if s.compile:
         net.compile_blocks()
     net.train()
@@ -268,14 +266,13 @@ def main(argv):
     print(f"{max_iters} steps of {s.batch_size} sequences in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)} -> {s.out_dir}")
 
     def evaluate():
-        with precision:
-            record = dict(step=step, **eval.measure(net, tok, held_out, s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
-            if s.eval_generate:
-                asked = held_out[:s.eval_generate]
-                answers = eval.write_answers(net, asked, s.max_new, 32, tok.eos)
-                pairs = [(eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1]))) for ids, (_, a) in zip(answers, asked)]
-                record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
-                record["exact_match"] = sum(got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None
+        record = dict(step=step, **eval.measure(net, tok, held_out, s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
+        if s.eval_generate:
+            asked = held_out[:s.eval_generate]
+            answers = eval.write_answers(net, asked, s.max_new, 32, tok.eos)
+            pairs = [(eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1]))) for ids, (_, a) in zip(answers, asked)]
+            record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
+            record["exact_match"] = sum(got is not None and got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None
         eval.append(os.path.join(s.out_dir, "eval.jsonl"), record)
         print(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and value is not None), flush=True)
         return record
@@ -304,13 +301,12 @@ def main(argv):
             part = sorted(part, key=lambda i: i not in taught)                   # taught sequences first
             ids, valid, y = eval.collate([train[i] for i in part], device)
             c, H_P = sum(i in taught for i in part), None
-            with precision:
-                if c:
-                    with balora.teacher(net):
-                        H_P = net.hidden(ids[:c])[valid[:c]]
-                        H_P = F.linear(H_P, net.head) if full else H_P
-                H_F = net.hidden(ids)[valid]                                     # [M of this micro-batch, d]
-                H_F = F.linear(H_F, net.head) if full else H_F
+            if c:
+                with balora.teacher(net):
+                    H_P = net.hidden(ids[:c])[valid[:c]]
+                    H_P = F.linear(H_P, net.head) if full else H_P
+            H_F = net.hidden(ids)[valid]                                     # [M of this micro-batch, d]
+            H_F = F.linear(H_F, net.head) if full else H_F
             total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile)
             total.backward()
             for name, value in values.items():

@@ -1,0 +1,84 @@
+"""The same promises on every device at hand (CPU, and CUDA where there is one): bf16, torch.compile, checkpointing, fused AdamW, memory figures."""
+import json
+
+import pytest
+import torch
+from conftest import randomise, small_config
+
+import balora
+import eval
+import model
+import train_nlg
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+CONFIG = dict(vocab_size=259, d=64, head_dim=16, d_ff=96, max_len=512, eos=257)
+
+
+def net_on(device, dtype=torch.bfloat16):
+    return randomise(model.Transformer(small_config(**CONFIG))).to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_base_bit_for_bit_in_bf16(device, compiled):
+    net = net_on(device)
+    ids = torch.randint(0, 259, (4, 128), device=device)
+    if compiled:
+        net.compile_blocks()
+    with torch.no_grad():
+        base = net(ids)
+        balora.attach(net, "balora", r=8)
+        assert torch.equal(net(ids), base)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda")
+    for _ in range(20):
+        H = net.hidden(ids).flatten(0, 1)
+        total, _ = balora.loss_nlg(H, ids.roll(-1, 1).flatten(), net.head, None, (0, 0.01, 0.01), R=balora.head_factor(net.head), compile=compiled)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with balora.teacher(net):
+        assert torch.equal(net(ids), base)
+    with torch.no_grad():
+        assert not torch.equal(net(ids), base)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_objective_equals_the_plain_one(device):
+    rng = torch.Generator().manual_seed(0)
+    H_F, H_P, E = (torch.randn(n, 32, generator=rng).to(device) for n in (300, 300, 500))
+    y, R = torch.randint(0, 500, (300,), generator=rng).to(device), balora.head_factor(E)
+    results = []
+    for compile in (False, True):
+        H = H_F.clone().requires_grad_(True)
+        total, terms = balora.loss_nlg(H, y, E, H_P, (0.3, 0.2, 0.1), R=R, chunk=128, compile=compile)
+        total.backward()
+        results.append((total, H.grad, torch.stack(list(terms.values()))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_padded_batches_generate_as_single_rows(device):
+    net = net_on(device, torch.float32)
+    prompts = [[3], [9, 8, 7, 6, 5, 4], [11, 12] * 20]
+    assert net.generate(prompts, 20, eos=-1) == [net.generate([p], 20, eos=-1)[0] for p in prompts]
+    assert net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1) == net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["balora", "full"])
+def test_training_with_everything_on(device, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net_on("cpu", torch.float32).save("base", model.Bytes())
+    (tmp_path / "rows.json").write_text(json.dumps([{"query": "ab" * (i % 9 + 1), "response": "c" * (i % 7 + 1)} for i in range(40)]))
+    argv = ["--init=base", "--data=rows.json", "--template=plain", "--batch_size=8", "--micro_batch=4", "--eval_rows=8", "--r=4", "--learning_rate=1e-2", "--max_iters=8",
+            "--eval_generate=2", "--max_new=8", f"--method={method}", "--lambda1=0.1", "--lambda2=0.01", "--lambda3=0.01", f"--device={device}"]
+    train_nlg.main([*argv, "--out_dir=plain"])
+    train_nlg.main([*argv, "--out_dir=all", "--dtype=bfloat16", "--checkpointing", "--compile"])
+    plain, everything = ([json.loads(line) for line in open(f"{out}/log.jsonl")] for out in ("plain", "all"))
+    for a, b in zip(plain, everything):
+        assert a["task"] == pytest.approx(b["task"], rel=0.15) and b["peak_GiB"] > 0
+    assert everything[-1]["cr"] > 0 and everything[-1]["task"] < everything[0]["task"]
+    if device == "cuda":
+        assert eval.device_name(device) == torch.cuda.get_device_name()
+    train_nlg.main([*argv, "--out_dir=plain", "--max_iters=8", "--resume"])
