@@ -77,7 +77,8 @@ class Settings:
     checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
     fused: bool | None = None         # AdamW in one kernel; None: on CUDA
     # evaluation and saving
-    eval_interval: int = 50           # optimizer steps between evaluations on the held-out rows and checkpoints
+    eval_interval: int = 50           # optimizer steps between evaluations on the held-out rows, each followed by a checkpoint
+    save_interval: int = 0            # optimizer steps between further checkpoints; 0: none
     eval_generate: int = 16           # held-out prompts to answer at each evaluation (exact match, distinct-n); 0: none
     max_new: int = 256                # tokens an answer may take
     log_interval: int = 10            # optimizer steps between printed lines
@@ -106,7 +107,7 @@ def check(s):
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     for test, names in ((lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new"),
                         (lambda v: v > 0, "alpha T epochs"),
-                        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate"),
+                        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval"),
                         (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")):
         for name in names.split():
             if not (test(getattr(s, name)) and getattr(s, name) < float("inf")):
@@ -275,9 +276,9 @@ def main(argv):
             record["exact_match"] = sum(got is not None and got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None
         eval.append(os.path.join(s.out_dir, "eval.jsonl"), record)
         print(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and value is not None), flush=True)
-        return record
 
-    before = evaluate() if step == 0 else None
+    if step == 0:
+        evaluate()
     epoch, batches, clock = None, None, time.time()
     while step < max_iters:
         # the step's sequences and their schedule
@@ -335,7 +336,8 @@ def main(argv):
         if step % s.log_interval == 0 or step == max_iters:
             print(progress_line(record, max_iters, seconds), flush=True)
         if step % s.eval_interval == 0 or step == max_iters:
-            record = evaluate()
+            evaluate()
+        if step % s.eval_interval == 0 or step == max_iters or (s.save_interval and step % s.save_interval == 0):
             eval.save_checkpoint(s.out_dir, step, net, optimizer)
             clock = time.time()
     finish(s, net, tok, full, held_out, max_iters)
