@@ -194,16 +194,18 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
             raise ValueError(f"r={r} is above the smallest dimension of {min(small, key=small.get)} ({min(small.values())}); choose a smaller r")
         device = next(iter(model.parameters())).device
         rng = torch.Generator("cpu" if device.type in ("mps", "meta") else device).manual_seed(seed)     # MPS has no SVD
+        init = METHODS[method].init if device.type != "meta" else shapes_only(METHODS[method].init)
         for name in tqdm(names, desc=f"{method} initialisation", unit="layer", disable=not progress):
             linear = model.get_submodule(name)
-            if device.type == "meta":                                           # a dry run: shapes only
-                A0, B0 = torch.empty(r, linear.in_features), torch.empty(linear.out_features, r)
-                A0, B0 = A0.to("meta"), None if METHODS[method].init is init_lora else B0.to("meta")
-            else:
-                A0, B0 = METHODS[method].init(linear.weight.detach(), r, alpha / r, rng, niter=niter, oversample=oversample)
+            A0, B0 = init(linear.weight.detach(), r, alpha / r, rng, niter=niter, oversample=oversample)
             replace(model, name, METHODS[method].layer(linear, A0, B0, alpha / r))
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return report
+
+
+def shapes_only(init):
+    """An initialisation for a network on the meta device (a dry run)."""
+    return lambda W, r, *_, **__: (W.new_empty(r, W.shape[1]), None if init is init_lora else W.new_empty(W.shape[0], r))
 
 
 def match(model, targets):

@@ -96,7 +96,7 @@ def run_main(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on where it was (training: add --resume)", file=sys.stderr)
         sys.exit(130)
 
 
@@ -325,7 +325,12 @@ def read_table(data):
             raise ValueError(f"{data}: cannot be read as {kind} ({e.__cause__ or e})") from None
     name, _, split = data.partition(":")
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        try:
+            return datasets.load_dataset(name, split=split or "train")
+        except ValueError as e:
+            if "Config name is missing" not in str(e):
+                raise
+            return datasets.load_dataset(name, "main", split=split or "train")   # gsm8k's two forms: main, socratic
     except Exception as e:                                                       # hub, network and name errors alike
         raise ValueError(f"--data={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
                          "download it elsewhere and give the file") from None
@@ -511,11 +516,21 @@ def smooth(values, weight):
     return out
 
 
-def plot_curves(runs, path, weight=0.9):
-    """Training loss and gradient norm against the step, one line a run (the poster's "Optimization Dynamics")."""
+def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(fig, path):
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=130))
+    pyplot().close(fig)
+
+
+def plot_curves(runs, path, weight=0.9):
+    """Training loss and gradient norm against the step, one line a run (the poster's "Optimization Dynamics")."""
+    plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run, colour in zip(runs, COLOURS * len(runs)):
         log = [json.loads(line) for line in open(os.path.join(run, "log.jsonl"), encoding="utf-8")]
@@ -530,10 +545,7 @@ def plot_curves(runs, path, weight=0.9):
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    tmp = f"{path}.tmp.png"
-    fig.savefig(tmp, dpi=130)
-    os.replace(tmp, path)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,6 +773,97 @@ def peft_step(o, ids, valid):
     return step
 
 
+def bench_init(o):
+    """PiSSA initialisation of every targeted layer: time and residual error, here and in peft's pissa_niter_16, alternating."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    times, errors = {"this project": [], "peft": []}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.load(o.init, dtype=torch.bfloat16)[0].save(folder)
+        with open(os.path.join(folder, "config.json"), "r+") as f:
+            record = json.load(f) | {"tokenizer": "bytes"}                       # none is needed
+            f.seek(0)
+            json.dump(record, f)
+        for _ in range(o.steps):
+            net, _ = model.load(folder, say=lambda *_: None)
+            start = time.perf_counter()
+            balora.attach(net, "pissa", r=o.r)
+            times["this project"].append(time.perf_counter() - start)
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            start = time.perf_counter()
+            theirs = get_peft_model(theirs, LoraConfig(r=o.r, lora_alpha=o.r, init_lora_weights="pissa_niter_16", target_modules=list(balora.TARGETS)))
+            times["peft"].append(time.perf_counter() - start)
+        square = lambda W, B, A: (W.float() - B.float() @ A.float()).square().sum().item()
+        layers = balora.adapted_layers(net)
+        other = {name: theirs.get_submodule(f"base_model.model.{net.checkpoint_name(name)}") for name in layers}
+        errors["this project"] = sum(square(m.weight, m.s * m.B0, m.A0) for m in layers.values())
+        with torch.no_grad():
+            errors["peft"] = sum(square(m.weight, other[name].lora_B["default"].weight, other[name].lora_A["default"].weight) for name, m in layers.items())
+        best = sum(torch.linalg.svdvals(m.weight.float())[o.r:].square().sum().item() for m in layers.values())
+    for name, t in times.items():
+        print(f"{name:<14} {statistics.median(t):.2f} s (of {len(t)}: {min(t):.2f}-{max(t):.2f}), residual {100 * (errors[name] / best - 1):.3f} % above the exact SVD's")
+    print(f"time ratio {statistics.median(a / b for a, b in zip(*times.values())):.2f} for {len(layers)} layers at r={o.r}")
+
+
+def precision(o):
+    """How well a small update survives in bf16: the bracket as computed here, and A, B cast whole as residual-form PiSSA does under autocast."""
+    net, tok = model.load(o.init, dtype=torch.bfloat16)
+    balora.attach(net, "pissa", r=o.r)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5)
+    ids, inputs = torch.tensor([tok.bos + tok.encode(PASSAGE)]), {}
+    rng, start = torch.Generator().manual_seed(0), {}
+    for name, m in balora.adapted_layers(net).items():
+        start[name] = balora.init_pissa(m.weight, o.r, m.s, rng)                 # the fp32 factors that a residual-form trainer keeps
+        m.register_forward_pre_hook(lambda m, args, name=name: inputs.__setitem__(name, args[0].detach()[0]))
+    rows = []
+    for step in tqdm(range(1, o.steps + 1), desc="steps of AdamW at lr 2e-5", unit="step"):
+        F.cross_entropy(net(ids)[0, :-1].float(), ids[0, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, 2, 5, 10, 20, 50, 100, 200, 500) or step == o.steps:
+            rows.append((step, *survival(balora.adapted_layers(net), start, inputs)))
+    print(f"\n{'step':>5}{'offset form: error':>20}{'residual form: error':>22}{'offset: kept':>14}{'residual: kept':>16}")
+    for row in rows:
+        print(f"{row[0]:>5}{100 * row[1]:>18.2f} %{100 * row[2]:>20.1f} %{row[3]:>14.3f}{row[4]:>16.3f}")
+    path = o.out or "precision.png"
+    plot_precision(rows, path)
+    print(f"-> {path}")
+
+
+@torch.no_grad()
+def survival(layers, start, inputs):
+    """What the same ΔA, ΔB give in bf16, summed over layers: (error of the offset form, of the residual form, part kept by the one, by the other).
+
+    Error is relative to the exact output of the update; the part kept is the component along it, 1 where nothing is lost.
+    """
+    sums = dict.fromkeys(("offset", "residual"), (0.0, 0.0, 0.0))                # Σ (got - exact)², Σ got · exact, Σ exact²
+    for name, m in layers.items():
+        x, (A0, B0), s = inputs[name], start[name], m.s
+        A, B = A0 + (m.A - m.A0), B0 + (m.B - m.B0)
+        product = lambda A, B: s * F.linear(F.linear(x, A.bfloat16()), B.bfloat16()).double()
+        twoB, twoA = m.bracket()
+        pairs = {"offset": (product(twoA, twoB / s), (twoB.double() @ twoA.double())),
+                 "residual": (product(A, B) - product(A0, B0), s * (B.double() @ A.double() - B0.double() @ A0.double()))}
+        for form, (got, update) in pairs.items():
+            exact = x.double() @ update.T
+            sums[form] = tuple(t + u.item() for t, u in zip(sums[form], ((got - exact).square().sum(), (got * exact).sum(), exact.square().sum())))
+    error, kept = ({form: f(*v) for form, v in sums.items()} for f in (lambda d, a, e: math.sqrt(d / e), lambda d, a, e: a / e))
+    return error["offset"], error["residual"], kept["offset"], kept["residual"]
+
+
+def plot_precision(rows, path):
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    for column, label, colour in ((2, "residual form: A, B cast whole (peft under autocast)", COLOURS[1]), (1, "offset form: [ΔB B0] [A; ΔA] cast (here)", COLOURS[0])):
+        ax.loglog([r[0] for r in rows], [100 * r[column] for r in rows], "o-", color=colour, label=label)
+    ax.axhline(100, color="0.6", lw=0.8, ls="--")
+    ax.set(xlabel="optimizer step (AdamW, lr 2e-5)", ylabel="error of the update's output (%)")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    save_figure(fig, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
@@ -799,6 +902,8 @@ COMMANDS = {                          # name: (function, the options it reads)
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
     "bench": (bench, "init rows length steps r only device compile"),
+    "bench-init": (bench_init, "init steps r"),
+    "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
 }
 

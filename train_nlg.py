@@ -112,7 +112,7 @@ def check(s):
         for name in names.split():
             if not (test(getattr(s, name)) and getattr(s, name) < float("inf")):
                 raise ValueError(f"--{name}={getattr(s, name)} is out of range: {eval.notes(Settings)[name]}")
-    if not s.data and s.init != "tiny":
+    if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
 
 
@@ -202,32 +202,32 @@ def order_of(examples, batch_size, seed, epoch):
 
 def dry_run(s):
     """What a run would train and need, from sizes alone."""
-    config = model.config_of(s.init)
+    c, device = model.config_of(s.init), eval.pick_device(s.device)
     with torch.device("meta"):
-        net = model.Transformer(config)
+        net = model.Transformer(c)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
-    width = 2 if eval.pick_dtype(s.dtype, "cpu" if s.dtype == "auto" else s.device) == torch.bfloat16 else 4
-    full, c, rows = s.method == "full", config, s.micro_batch
-    tokens = rows * s.max_len
-    # Kept for the backward pass, in values a token and layer: 2 norms, q k v and their rotations, attention, gate, up, their product, the brackets
-    block = 6 * c.d + 4 * c.n_heads * c.head_dim + 5 * c.n_kv_heads * c.head_dim + 4 * c.d_ff + 14 * s.r * (not full)
-    kept = c.n_layers * c.d + block if s.checkpointing else c.n_layers * block
-    frozen_half = s.method in ("pissa", "balora")
+    width, full = eval.pick_dtype(s.dtype, device).itemsize, s.method == "full"
+    tokens, chunk = s.micro_batch * s.max_len, 64 if s.device == "cpu" else 1024
+    fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in (layer.A0, layer.B0) if t is not None)
+    block = kept_values(c, s.r * (2 if fixed else 1) * (not full), width)
     parts = {
         "weights": report.total * (4 if full else width),
         "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
-        "A, B and their gradients" if not full else "gradients": report.trainable * (4 if full else 8),
-        "A0, B0": report.trainable * width * frozen_half,
+        "trained parameters and their gradients": report.trainable * (4 if full else 8),
+        "A0, B0": fixed * width,
         "AdamW's two moments": report.trainable * 8,
-        f"activations, {rows} x {s.max_len} tokens": tokens * kept * width,
-        "logits, 128 rows at a time": (128 if not full else tokens) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
+        f"activations, {s.micro_batch} x {s.max_len} tokens": tokens * width * (c.n_layers * c.d + block if s.checkpointing else c.n_layers * block),
+        f"logits, {'all' if full else chunk} rows at a time": (tokens if full else min(chunk, tokens)) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
     }
-    print(report)
-    print(f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
-    print("memory, estimated (GiB)")
-    for name, size in parts.items():
+    print(f"{report}\ntokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}\nmemory, estimated (GiB)")
+    for name, size in [*parts.items(), ("together", sum(parts.values()))]:
         print(f"  {name:<42}{size / 2**30:8.2f}")
-    print(f"  {'together':<42}{sum(parts.values()) / 2**30:8.2f}")
+
+
+def kept_values(c, rank, width):
+    """Values a token that one block keeps for the backward pass: inputs of two norms (16-bit ones keep an fp32 copy) and of q, o, gate; q, k, v;
+    gate, up, silu, their product; what each of the seven brackets makes of its input."""
+    return (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,8 +330,9 @@ def main(argv):
         # record
         seconds, clock = time.time() - clock, time.time()
         tokens = sum(len(p) + len(a) for p, a in (train[i] for i in rows))
-        record = dict(step=step, **terms, **{f"lambda{i + 1}": w for i, w in enumerate(lambdas)}, grad_norm=norm, lr=lr, tokens_per_s=tokens / seconds,
-                      peak_GiB=eval.peak_memory(device))
+        weighted = {f"{name}_weighted": None if terms[name] is None else w * terms[name] for name, w in zip(("cr", "dr", "svdr"), lambdas)}
+        record = dict(step=step, **terms, **weighted, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)), grad_norm=norm, lr=lr,
+                      tokens_per_s=tokens / seconds, peak_GiB=eval.peak_memory(device))
         eval.append(os.path.join(s.out_dir, "log.jsonl"), record)
         if step % s.log_interval == 0 or step == max_iters:
             print(progress_line(record, max_iters, seconds), flush=True)
@@ -346,9 +347,9 @@ def main(argv):
 def progress_line(record, max_iters, seconds):
     """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
     terms = [f"task {record['task']:.4f}"]
-    for i, name in enumerate(("cr", "dr", "svdr"), 1):
+    for name in ("cr", "dr", "svdr"):
         if record[name] is not None:
-            terms.append(f"{name} {record[name]:.4f} ({record[name] * record[f'lambda{i}']:.5f})")
+            terms.append(f"{name} {record[name]:.4f} ({record[f'{name}_weighted']:.5f})")
     left = (max_iters - record["step"]) * seconds
     return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
         f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")

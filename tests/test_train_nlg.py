@@ -195,6 +195,26 @@ def test_dry_run_of_a_folder(base, capsys):
     assert "trainable" in capsys.readouterr().out and not os.path.exists("out")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_memory_estimate_equals_what_autograd_keeps(dtype, method):
+    config = small_config(d=128, n_heads=8, n_kv_heads=2, head_dim=16, d_ff=320, n_layers=3)
+    net = model.Transformer(config).to(dtype)
+    balora.attach(net, method, r=8)
+    own = {t.untyped_storage().data_ptr() for t in [*net.parameters(), *net.buffers()]}
+    kept, storages = [], {}
+
+    def pack(t):
+        kept.append(t)
+        if t.untyped_storage().data_ptr() not in own:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net.hidden(torch.randint(0, 211, (8, 128)))
+    measured = sum(storages.values()) / (8 * 128 * config.n_layers * dtype.itemsize)
+    assert train_nlg.kept_values(config, 16 if method == "pissa" else 8, dtype.itemsize) == pytest.approx(measured, rel=0.1)
+
+
 def test_the_llama2_path(shared, tmp_path, monkeypatch, capsys):
     """A LLaMA-2-shaped sharded checkpoint with the real tokenizer, rows in MetaMathQA's format, the preset of --init=llama2-7b."""
     transformers = pytest.importorskip("transformers")
