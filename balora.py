@@ -36,7 +36,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -210,7 +210,7 @@ def shapes_only(init):
 
 def match(model, targets):
     """-> {pattern: names of the nn.Linear layers it matches}; default: those of TARGETS that the model has."""
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in getattr(model, "not_adapted", ())]
     found = {t: [n for n in linears if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in targets or TARGETS}
     if targets is None:
         found = {t: names for t, names in found.items() if names}
@@ -297,6 +297,7 @@ def svdr_nlg(Z_F, k, niter=2, oversample=5, seed=0):
     σ̃ are the singular values of Qᵀ Z, Q an orthonormal basis of k + oversample directions found by `niter` rounds of subspace
     iteration without gradient; only singular values are differentiated, so nothing divides by σ_i² - σ_j².
     """
+    Z_F = Z_F.cpu() if Z_F.device.type == "mps" else Z_F                          # MPS has no SVD
     Q = range_basis(Z_F.detach(), k + oversample, niter, seed)
     sigma = torch.linalg.svdvals(Z_F if Q is None else Q.T @ Z_F)
     return -sigma[:k].sum() / Z_F.norm().clamp_min(1e-8)
@@ -427,6 +428,21 @@ def lr_schedule(step, max_iters, warmup):
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving and loading, in peft's folder format
 
+def write_atomic(path, write):
+    """Call write(file) on a temporary name, flush it to disk, then rename: a kill leaves the old file or the new one, never half of one."""
+    tmp = path + ".tmp"
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise OSError(f"cannot write {path} ({getattr(e, 'strerror', None) or e}); what was there before is untouched") from None
+    os.replace(tmp, path)
+
+
 def save_adapter(model, folder, base=None):
     """Write the adapter as a plain LoRA for the *original* checkpoint, under the checkpoint's own layer names.
 
@@ -442,16 +458,18 @@ def save_adapter(model, folder, base=None):
         B, A = layer.bracket()
         state[f"base_model.model.{public(name)}.lora_A.weight"] = A.detach().cpu().contiguous()
         state[f"base_model.model.{public(name)}.lora_B.weight"] = (B / layer.s).detach().cpu().contiguous()
-    rank = first.A.shape[0] * (1 if first.B0 is None else 2)
+    ranks = {public(name): layer.A.shape[0] * (1 if layer.B0 is None else 2) for name, layer in layers.items()}
+    alphas = {public(name): layer.s * ranks[public(name)] for name, layer in layers.items()}
+    rank, alpha = ranks[public(next(iter(layers)))], alphas[public(next(iter(layers)))]
     leaves = {public(name).rsplit(".", 1)[-1] for name in layers}
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and public(n).rsplit(".", 1)[-1] in leaves]
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=first.s * rank, lora_dropout=0.0, bias="none",
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none",
+                  rank_pattern={name: r for name, r in ranks.items() if r != rank}, alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
                   target_modules=sorted(map(public, layers) if others else leaves), fan_in_fan_out=False, use_rslora=False, inference_mode=True)
     form = "lora_A = A, lora_B = B" if first.B0 is None else "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint"
     os.makedirs(folder, exist_ok=True)
-    save_file(state, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt", "form": form})
-    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
-        json.dump(config, f, indent=1)
+    write_atomic(os.path.join(folder, "adapter_model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt", "form": form})))
+    write_atomic(os.path.join(folder, "adapter_config.json"), lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
 def load_adapter(model, folder):
@@ -465,6 +483,9 @@ def load_adapter(model, folder):
     with open(path) as f:
         config = json.load(f)
     extra = [k for k in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
+    if str(config.get("init_lora_weights")).split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
+        raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights that initialisation changed; "
+                         "convert it in peft (save_pretrained with path_initial_model_for_weight_conversion)")
     if config.get("peft_type") != "LORA" or extra:
         raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; only plain LoRA can be loaded")
     if adapted_layers(model):
@@ -472,7 +493,7 @@ def load_adapter(model, folder):
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
         state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
     public = getattr(model, "checkpoint_name", lambda name: name)
-    ours = {public(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ours = {public(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in getattr(model, "not_adapted", ())}
     layers = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state)
     wrong = [n for n in layers if n not in ours] + [k for n in layers for k in (f"{n}.lora_A.weight", f"{n}.lora_B.weight") if k not in state]
     if wrong or len(state) != 2 * len(layers):

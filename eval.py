@@ -12,10 +12,12 @@ The sections stand on their own: settings - device - run folder - rows and promp
 import argparse
 import dataclasses
 import fractions
+import hashlib
 import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -104,18 +106,22 @@ def run_main(main):
 # Device, precision, memory
 
 def pick_device(device):
-    """"auto" -> CUDA, then MPS, then CPU."""
-    if device != "auto":
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device={device}: this PyTorch sees no CUDA device; use --device=cpu")
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """"auto" -> CUDA, then MPS, then CPU; a device that is not here is an error."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in here or not (index or "0").isdigit() or int(index or 0) >= here[kind]:
+        raise ValueError(f"--device={device}: this PyTorch has " + ", ".join(f"{n} {name}" for name, n in here.items() if n) + "; use auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index or 0))                                   # memory figures and names then mean this one
+    return device
 
 
 def pick_dtype(dtype, device):
     """"auto" -> bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
     if dtype == "auto":
-        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16 (float16 needs loss scaling, which this loop does not do)")
     return getattr(torch, dtype)
@@ -125,40 +131,35 @@ def peak_memory(device):
     """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    if os.path.exists("/proc/self/status"):                                      # ru_maxrss would start at the parent process's peak
+        return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run folder: config.json, log.jsonl, eval.jsonl, checkpoint.pt, adapter/, loss.png
+# The run folder: config.json, log.jsonl, eval.json, checkpoint.pt, adapter/, loss.png
 
 FREE = ("resume", "overwrite", "out_dir", "dry_run")                             # settings that do not make another run
 
 
-def write_atomic(path, write):
-    """Call write(file) on a temporary name, flush it to disk, then rename: a kill leaves the old file or the new one, never half of one."""
-    tmp = path + ".tmp"
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        raise OSError(f"cannot write {path} ({getattr(e, 'strerror', None) or e}); what was there before is untouched") from None
-    os.replace(tmp, path)
-
-
 def write_json(path, record):
-    write_atomic(path, lambda f: f.write(json.dumps(record, indent=1, ensure_ascii=False).encode()))
+    balora.write_atomic(path, lambda f: f.write(json.dumps(record, indent=1, ensure_ascii=False).encode()))
+
+
+OURS = ("log.jsonl", "eval.json", "checkpoint.pt", "loss.png", "adapter", "model")
 
 
 def check_run(settings):
     """Before anything slow: may this run use settings.out_dir? -> its config.json if --resume continues it, or None."""
     out, path = settings.out_dir, os.path.join(settings.out_dir, "config.json")
     if not os.path.exists(path):
+        taken = [name for name in OURS if os.path.exists(os.path.join(out, name))]
+        if taken:
+            raise ValueError(f"--out_dir={out} holds {', '.join(taken)} but no config.json of a run; choose another --out_dir")
         return None
     old = read_json(path)
+    if not isinstance(old, dict) or not {"settings", "weights_hash"} <= old.keys():
+        raise ValueError(f"{path} is not a run's config.json; choose another --out_dir")
     changed = "; ".join([f"{k} ({old['settings'].get(k)} there, {v} here)" for k, v in dataclasses.asdict(settings).items()
                          if k not in FREE and old["settings"].get(k) != v][:3])
     if settings.resume and changed:
@@ -170,30 +171,28 @@ def check_run(settings):
 
 
 def open_run(settings, net, device, base):
-    """Make settings.out_dir and its config.json. -> the checkpoint to go on from, or None."""
+    """Make settings.out_dir and its config.json, once everything else about the run has been checked. -> the checkpoint to go on from, or None."""
     out, old = settings.out_dir, check_run(settings)
     if old and old["weights_hash"] != net.weights_hash:
         raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
     if not settings.resume:
-        for name in ("log.jsonl", "eval.jsonl", "checkpoint.pt", "loss.png", "adapter", "model"):
-            victim = os.path.join(out, name)
+        for victim in (os.path.join(out, name) for name in OURS):                # there only where check_run allowed --overwrite
             shutil.rmtree(victim) if os.path.isdir(victim) else os.path.exists(victim) and os.remove(victim)
     os.makedirs(out, exist_ok=True)
     write_json(os.path.join(out, "config.json"), dict(
-        settings=dataclasses.asdict(settings), source=net.source, base=base, weights_hash=net.weights_hash, device=device_name(device),
-        versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv))
-    start = load_checkpoint(out) if settings.resume else None
+        settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base, weights_hash=net.weights_hash,
+        device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv))
+    start = load_checkpoint(out, net) if settings.resume else None
     if settings.resume and start is None:
         print(f"--resume: {out} has no checkpoint yet, starting at step 0")
-    for name in ("log.jsonl", "eval.jsonl"):                                     # forget what came after the checkpoint
-        cut(os.path.join(out, name), start["step"] if start else -1)
+    cut(out, start["step"] if start else -1)
     return start
 
 
-def cut(path, step):
-    """Keep the records up to `step` and drop a line that a kill cut off."""
+def cut(out, step):
+    """Forget what came after `step` in log.jsonl and eval.json, and a line that a kill cut off."""
+    path, kept = os.path.join(out, "log.jsonl"), []
     if os.path.exists(path):
-        kept = []
         for line in open(path, encoding="utf-8"):
             try:
                 record = json.loads(line)
@@ -201,7 +200,15 @@ def cut(path, step):
                 break
             if record["step"] <= step:
                 kept.append(line)
-        write_atomic(path, lambda f: f.write("".join(kept).encode()))
+        balora.write_atomic(path, lambda f: f.write("".join(kept).encode()))
+    path = os.path.join(out, "eval.json")
+    if os.path.exists(path):
+        write_json(path, [r for r in read_json(path) if r["step"] <= step])
+
+
+def add_evaluation(out, record):
+    path = os.path.join(out, "eval.json")
+    write_json(path, (read_json(path) if os.path.exists(path) else []) + [record])
 
 
 def append(path, record):
@@ -226,14 +233,24 @@ def trained_state(net):
 
 
 def save_checkpoint(out, step, net, optimizer):
-    state = dict(step=step, net=trained_state(net), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                 cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    write_atomic(os.path.join(out, "checkpoint.pt"), lambda f: torch.save(state, f))
+    state = dict(step=step, weights_hash=net.weights_hash, net=trained_state(net), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                 cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+    balora.write_atomic(os.path.join(out, "checkpoint.pt"), lambda f: torch.save(state, f))
 
 
-def load_checkpoint(out):
+def load_checkpoint(out, net):
+    """-> the checkpoint of a run of `net`, or None. Raises ValueError where it is broken or another model's."""
     path = os.path.join(out, "checkpoint.pt")
-    return torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path}: cannot be read ({type(e).__name__}); is it whole?") from None
+    shapes = lambda tensors: {name: t.shape for name, t in tensors.items()}
+    if state["weights_hash"] != net.weights_hash or shapes(state["net"]) != shapes(trained_state(net)):
+        raise ValueError(f"{path}: a checkpoint of another model or adapter; it does not belong to this run")
+    return state
 
 
 def restore(start, net, optimizer):
@@ -241,8 +258,8 @@ def restore(start, net, optimizer):
     net.load_state_dict(start["net"], strict=False)
     optimizer.load_state_dict(start["optimizer"])
     torch.set_rng_state(start["rng"])
-    if start["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(start["cuda_rng"])
+    if start["cuda_rng"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(start["cuda_rng"])
     return start["step"]
 
 
@@ -258,6 +275,8 @@ def load_run(run, init, dtype, device):
     whole = os.path.join(run, "model")
     net, tok = model.load(whole if os.path.isdir(whole) else record["base"], dtype=dtype, device=device)
     if not os.path.isdir(whole):
+        if net.weights_hash != record["weights_hash"]:
+            raise ValueError(f"{run} was tuned on weights {record['weights_hash']} ({record['source']}), these are {net.weights_hash} ({net.source})")
         layers = balora.load_adapter(net, os.path.join(run, "adapter"))
         print(f"{run}: {settings['method']} adapter on {layers} layers")
     return net, tok, settings
@@ -305,7 +324,8 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
         raise ValueError(f"{data}: no rows")
     table = table.select(range(min(limit or len(table), len(table))))
     inputs = table["input"] if "input" in names and question == "instruction" else [""] * len(table)
-    return [(str(q or ""), str(i or ""), clean_answer(str(a or ""))) for q, i, a in zip(table[question], inputs, table[answer])]
+    text = lambda value: "" if value is None else str(value)
+    return [(text(q), text(i), clean_answer(text(a))) for q, i, a in zip(table[question], inputs, table[answer])]
 
 
 def read_table(data):
@@ -354,9 +374,9 @@ def check_json(path):
 
 
 def clean_answer(text):
-    """GSM8K's "<<48/2=24>>" go, and a final "#### 1,234" becomes "The answer is: 1234", which is what `extract_answer` reads."""
-    final = lambda m: "The answer is: " + re.sub(r"(?<=\d),(?=\d)", "", m[1])
-    return re.sub(r"####\s*(\S.*?)\s*$", final, re.sub(r"<<[^<>]*>>", "", text))
+    """GSM8K's "<<48/2=24>>" go, and a last line "#### 1,234" becomes "The answer is: 1234", which is what `extract_answer` reads."""
+    final = lambda m: "The answer is: " + m[1].replace(",", "")
+    return re.sub(r"(?m)^####\s*([-+$]?[\d.,/]+)\s*\Z", final, re.sub(r"<<[\d+\-*/().=]*>>", "", text))
 
 
 def fill(template, instruction, given=""):
@@ -435,7 +455,7 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
     was_training, E, R = net.training, net.head, balora.head_factor(net.head)
     net.eval()
     total, shares = dict(loss=0.0, drift=0.0, diversity=0.0), []
-    for rows in batches_by_length(examples, batch_size):
+    for rows in tqdm(batches_by_length(examples, batch_size), desc="evaluate", unit="batch", leave=False, disable=None):
         ids, valid, y = collate([examples[i] for i in rows], device)
         H_F, H_P = net.hidden(ids)[valid], None
         if drift:
@@ -456,7 +476,7 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
     if not drift:
         out["drift"] = None
     ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=device)
-    out["passage_ppl"] = math.exp(F.cross_entropy(net(ids)[0, :-1].float(), ids[0, 1:]).item())
+    out["passage_ppl"] = F.cross_entropy(net(ids)[0, :-1].double(), ids[0, 1:]).exp().item()
     net.train(was_training)
     return out
 
@@ -465,7 +485,8 @@ def write_answers(net, examples, max_new, batch_size, eos, desc="generate", done
     """Greedy continuations of the prompts of `examples`, in length-sorted batches -> list of id lists. done(i, ids) is called for each."""
     out = [None] * len(examples)
     for rows in tqdm(batches_by_length(examples, batch_size), desc=desc, unit="batch", leave=False, disable=None):
-        for i, ids in zip(rows, net.generate([examples[i][0] for i in rows], max_new, eos=eos)):
+        room = net.config.max_len - max(len(examples[i][0]) for i in rows)
+        for i, ids in zip(rows, net.generate([examples[i][0] for i in rows], min(max_new, room), eos=eos)):
             out[i] = ids
             if done:
                 done(i, ids)
@@ -524,7 +545,7 @@ def pyplot():
 
 
 def save_figure(fig, path):
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=130))
+    balora.write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=130))
     pyplot().close(fig)
 
 
@@ -551,6 +572,11 @@ def plot_curves(runs, path, weight=0.9):
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: one JSON line an item, written as it comes, so a stopped command goes on where it was
 
+def file_hash(path):
+    """sha256 (16 hex digits) of a file, "" where there is none."""
+    return hashlib.sha256(open(path, "rb").read()).hexdigest()[:16] if os.path.exists(path) else ""
+
+
 def answer_file(run, name, head):
     """Open RUN/NAME.jsonl, whose first line says how it was made. -> path, records already there. Raises ValueError where `head` differs."""
     path = os.path.join(run or "out", f"{name}.jsonl")
@@ -560,21 +586,30 @@ def answer_file(run, name, head):
         return path, []
     with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f if line.endswith("\n")]
+    if not lines:
+        os.remove(path)
+        return answer_file(run, name, head)
     if lines[0] != head:
         raise ValueError(f"{path} was made with {lines[0]}, this is {head}; move it away or choose another --out")
-    write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))     # without a half-written last line
+    balora.write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))     # without a half-written last line
     return path, lines[1:]
+
+
+def rows_of(o, settings):
+    """The rows a command asks for, read by the run's field names unless others are given."""
+    names = (getattr(o, name) or settings.get(name, "") for name in ("prompt_field", "response_field"))
+    return read_rows(o.data, *names)[-o.last if o.last else 0:][:o.limit or None]
 
 
 def gsm8k(o):
     """Exact match on GSM8K-like rows: greedy answers, the number after "The answer is: "."""
     net, tok, settings, device = open_model(o)
-    rows = read_rows(o.data, limit=0)[-o.last if o.last else 0:][:o.limit or None]
-    template, max_len = settings.get("template", o.template), 0
-    examples, line = encode_rows(rows, tok, template, max_len)
+    rows = rows_of(o, settings)
+    template, max_new = settings.get("template", o.template), o.max_new or settings.get("max_new", 512)
+    examples, line = encode_rows(rows, tok, template, net.config.max_len)
     gold = [extract_answer(tok.decode(a[:-1])) for _, a in examples]
-    print(f"{o.data}: {line}; template {template}; greedy, at most {o.max_new} tokens; {sum(g is None for g in gold)} rows without a gold number")
-    head = dict(weights=net.weights_hash, run=o.run, data=o.data, rows=len(rows), last=o.last, template=template, max_new=o.max_new)
+    print(f"{o.data}: {line}; template {template}; greedy, at most {max_new} tokens; {sum(g is None for g in gold)} rows without a gold number")
+    head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data, rows=len(rows), last=o.last, template=template, max_new=max_new)
     path, old = answer_file(o.run, o.out or "gsm8k" + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
     seen = {r["row"] for r in old}
     todo = [i for i in range(len(examples)) if i not in seen]
@@ -584,7 +619,7 @@ def gsm8k(o):
         record = dict(row=todo[j], answer=text, got=extract_answer(text), gold=gold[todo[j]])
         append(path, record)
         old.append(record)
-    write_answers(net, [examples[i] for i in todo], o.max_new, o.batch_size, tok.eos, desc="gsm8k", done=done)
+    write_answers(net, [examples[i] for i in todo], max_new, o.batch_size, tok.eos, desc="gsm8k", done=done)
     hits = sum(r["got"] is not None and r["got"] == r["gold"] for r in old)
     low, high = wilson(hits, len(old))
     print(f"exact match {100 * hits / len(old):.2f} % ({hits} of {len(old)}), 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
@@ -593,7 +628,7 @@ def gsm8k(o):
 def loss(o):
     """Loss, drift, diversity, spectrum and the passage's perplexity on rows of your own."""
     net, tok, settings, device = open_model(o)
-    examples, line = encode_rows(read_rows(o.data)[-o.last if o.last else 0:][:o.limit or None], tok, settings.get("template", o.template), settings.get("max_len", 512))
+    examples, line = encode_rows(rows_of(o, settings), tok, settings.get("template", o.template), settings.get("max_len", 512))
     print(f"{o.data}: {line}")
     record = measure(net, tok, examples, o.batch_size, settings.get("K", 20), settings.get("k", 10), device, drift=bool(balora.adapted_layers(net)))
     for name, value in record.items():
@@ -605,8 +640,10 @@ def sample(o):
     net, tok, settings, device = open_model(o)
     template = settings.get("template", o.template)
     prompt = fill(template, o.prompt)
+    start = tok.bos + tok.encode(prompt)
+    max_new = min(o.max_new or settings.get("max_new", 256), net.config.max_len - len(start))
     print(f"template {template}, temperature {o.temperature}, top_p {o.top_p}, seed {o.seed}\n")
-    ids, = net.generate([tok.bos + tok.encode(prompt)], o.max_new, o.temperature, o.top_p, tok.eos, o.seed)
+    ids, = net.generate([start], max_new, o.temperature, o.top_p, tok.eos, o.seed)
     print(prompt + tok.decode(ids))
 
 
@@ -874,11 +911,13 @@ class Options:
     init: str = ""                    # an untuned model: name, folder or .gguf file
     runs: tuple = ()                  # run folders, each a line of the figure
     data: str = "openai/gsm8k:test"   # .json .jsonl .parquet .csv file or hub name[:split]
+    prompt_field: str = ""            # name of the instruction's field; empty: the run's, or recognised
+    response_field: str = ""          # name of the response's field; empty: the run's, or recognised
     last: int = 0                     # use the last N rows of the data; 0: all
     limit: int = 0                    # then the first N of those; 0: all
     template: str = "alpaca"          # alpaca, plain, or text with {instruction}; a run brings its own
     prompt: str = ""                  # what to answer
-    max_new: int = 512                # tokens an answer may take
+    max_new: int = 0                  # tokens an answer may take; 0: the run's, or 512
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
     seed: int = 0                     # of sampling
@@ -897,8 +936,8 @@ class Options:
 MODEL = "run init device dtype "
 COMMANDS = {                          # name: (function, the options it reads)
     "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
-    "gsm8k": (gsm8k, MODEL + "data last limit template max_new batch_size out"),
-    "loss": (loss, MODEL + "data last limit template batch_size"),
+    "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size out"),
+    "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
     "bench": (bench, "init rows length steps r only device compile"),

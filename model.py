@@ -118,8 +118,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if past is not None:
             k, v = past(k, v)                                                    # [B, G, S, hd]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.shape[2] > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        causal = True if bias is None and q.shape[2] > 1 else False              # a plain bool, which torch.compile wants
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -177,6 +177,7 @@ class Transformer(nn.Module):
     the matrix products where that is not the weights' own (full tuning keeps fp32 weights).
     """
     source, weights_hash, checkpointing, autocast = "random", "", False, None
+    not_adapted = ("lm_head",)        # the objective reads the head's weight itself
 
     def __init__(self, config):
         super().__init__()
@@ -211,8 +212,10 @@ class Transformer(nn.Module):
             for i, layer in enumerate(self.layers):
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(layer, x, rope, bias, use_reentrant=False)
+                elif cache:
+                    x = layer.forward(x, rope, bias, cache.layer(i))             # never the compiled block: each token would be a new shape
                 else:
-                    x = layer(x, rope, bias, cache.layer(i) if cache else None)
+                    x = layer(x, rope, bias)
             x = self.norm(x)
         if cache:
             cache.length = end
@@ -282,8 +285,12 @@ class Transformer(nn.Module):
         if tok is not None:
             tok.save(folder)
             record["tokenizer"] = tok.kind
-        save_file({self.checkpoint_name(k): v.detach().contiguous() for k, v in self.state_dict().items()},
-                  os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        path = os.path.join(folder, "model.safetensors")
+        try:
+            save_file({self.checkpoint_name(k): v.detach().contiguous() for k, v in self.state_dict().items()}, path + ".tmp", metadata={"format": "pt"})
+        except SafetensorError as e:
+            raise OSError(f"cannot write {path} ({e})") from None
+        os.replace(path + ".tmp", path)
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(record, f, indent=1)
 

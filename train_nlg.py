@@ -90,7 +90,7 @@ class Settings:
 PRESETS = {
     "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, batch_size=32, max_len=160, epochs=3, eval_interval=1000, eval_generate=200, max_new=48),
     "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
-    "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100000]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
+    "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100512]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
                       checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),
 }
 PAPER_LAMBDAS = (0.025, 0.005, 0.005)
@@ -167,8 +167,12 @@ def pretrain_tiny(s, device):
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    net.save(folder + ".tmp", tok)
-    os.replace(folder + ".tmp", folder)
+    own = f"{folder}.{os.getpid()}.tmp"
+    net.save(own, tok)
+    if os.path.isdir(folder):                                                    # another run of this seed was faster
+        shutil.rmtree(own)
+    else:
+        os.replace(own, folder)
     return folder
 
 
@@ -207,11 +211,12 @@ def dry_run(s):
         net = model.Transformer(c)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
     width, full = eval.pick_dtype(s.dtype, device).itemsize, s.method == "full"
-    tokens, chunk = s.micro_batch * s.max_len, 64 if s.device == "cpu" else 1024
+    tokens, chunk = s.micro_batch * s.max_len, 64 if device == "cpu" else 1024
     fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in (layer.A0, layer.B0) if t is not None)
     block = kept_values(c, s.r * (2 if fixed else 1) * (not full), width)
     parts = {
         "weights": report.total * (4 if full else width),
+        "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
         "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
         "trained parameters and their gradients": report.trainable * (4 if full else 8),
         "A0, B0": fixed * width,
@@ -221,7 +226,8 @@ def dry_run(s):
     }
     print(f"{report}\ntokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}\nmemory, estimated (GiB)")
     for name, size in [*parts.items(), ("together", sum(parts.values()))]:
-        print(f"  {name:<42}{size / 2**30:8.2f}")
+        if size:
+            print(f"  {name:<42}{size / 2**30:8.2f}")
 
 
 def kept_values(c, rank, width):
@@ -244,7 +250,6 @@ def main(argv):
     full = balora.METHODS[s.method].layer is None
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
     net, tok = model.load(base, dtype=torch.float32 if full else dtype, device=device)      # a fully tuned model keeps fp32 weights
-    start = eval.open_run(s, net, device, base)
     train, held_out = load_examples(s, tok)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
                            frozen_copy=s.lambda1 > 0, progress=True)
@@ -253,6 +258,7 @@ def main(argv):
         print(f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
+    start = eval.open_run(s, net, device, base)
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
@@ -261,9 +267,10 @@ def main(argv):
     net.train()
 
     batches_an_epoch = -(-len(train) // s.batch_size)
-    max_iters = s.max_iters or round(s.epochs * batches_an_epoch)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
     step = eval.restore(start, net, optimizer) if start else 0
-    unmoved = set(named) if step == 0 else set()                                 # tensors that have not had a gradient yet
+    start = None                                                                 # a checkpoint can be large
+    unmoved = set(named) if step < 3 else set()                                 # tensors that have not had a gradient yet
     print(f"{max_iters} steps of {s.batch_size} sequences in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)} -> {s.out_dir}")
 
     def evaluate():
@@ -274,7 +281,7 @@ def main(argv):
             pairs = [(eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1]))) for ids, (_, a) in zip(answers, asked)]
             record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
             record["exact_match"] = sum(got is not None and got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None
-        eval.append(os.path.join(s.out_dir, "eval.jsonl"), record)
+        eval.add_evaluation(s.out_dir, record)
         print(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step" and value is not None), flush=True)
 
     if step == 0:
@@ -306,8 +313,12 @@ def main(argv):
                 with balora.teacher(net):
                     H_P = net.hidden(ids[:c])[valid[:c]]
                     H_P = F.linear(H_P, net.head) if full else H_P
-            H_F = net.hidden(ids)[valid]                                     # [M of this micro-batch, d]
+            H_F = net.hidden(ids)[valid]                                         # [M of this micro-batch, d]
             H_F = F.linear(H_F, net.head) if full else H_F
+            if not H_F.isfinite().all():
+                raise ValueError(diverged(step, lr, s))
+            if m and not c:
+                H_P = H_F.detach()[:0]                                           # the teacher reads other micro-batches of this step
             total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile)
             total.backward()
             for name, value in values.items():
@@ -316,8 +327,7 @@ def main(argv):
         # update
         norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
         if not (abs(terms["task"]) < float("inf") and norm < float("inf")):
-            raise ValueError(f"step {step}: loss {terms['task']}, gradient norm {norm}; lower --learning_rate (now {lr:.2g})"
-                             + (", the last checkpoint is kept" if os.path.exists(os.path.join(s.out_dir, "checkpoint.pt")) else ""))
+            raise ValueError(diverged(step, lr, s))
         unmoved -= {name for name in unmoved if named[name].grad is not None and named[name].grad.any()}
         if step == 2 and unmoved and s.learning_rate:
             raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
@@ -344,6 +354,11 @@ def main(argv):
     finish(s, net, tok, full, held_out, max_iters)
 
 
+def diverged(step, lr, s):
+    kept = os.path.exists(os.path.join(s.out_dir, "checkpoint.pt"))
+    return f"step {step}: the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})" + (", the last checkpoint is kept" if kept else "")
+
+
 def progress_line(record, max_iters, seconds):
     """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
     terms = [f"task {record['task']:.4f}"]
@@ -362,7 +377,7 @@ def finish(s, net, tok, full, held_out, max_iters):
     else:
         balora.save_adapter(net, os.path.join(s.out_dir, "adapter"), base=model.HUB.get(s.init, s.init))
     eval.plot_curves([s.out_dir], os.path.join(s.out_dir, "loss.png"))
-    records = [json.loads(line) for line in open(os.path.join(s.out_dir, "eval.jsonl"), encoding="utf-8")]
+    records = eval.read_json(os.path.join(s.out_dir, "eval.json"))
     first, last = records[0], records[-1]
     print(f"\n{'':<14}{'before':>10}{'after':>10}")
     for name in last:

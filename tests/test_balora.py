@@ -317,6 +317,35 @@ def test_load_adapter_is_strict(small, tmp_path):
         balora.load_adapter(small(), tmp_path / "nowhere")
 
 
+def test_mixed_ranks_survive_save_and_load(small, tmp_path):
+    peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = small()
+    net.save(tmp_path / "base", model.Bytes())
+    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 6}))
+    theirs.save_pretrained(tmp_path / "a")
+    balora.load_adapter(net, tmp_path / "a")
+    balora.save_adapter(net, tmp_path / "b")
+    again, _ = model.load(str(tmp_path / "base"))
+    balora.load_adapter(again, tmp_path / "b")
+    assert torch.equal(logits(again), logits(net))
+    theirs = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "b")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
+
+
+def test_residual_form_adapters_and_heads_are_refused(small, tmp_path):
+    net = small(tied=False)
+    balora.attach(net, "lora", r=2)
+    balora.save_adapter(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_16"}))
+    with pytest.raises(ValueError, match="base whose weights"):
+        balora.load_adapter(small(tied=False), tmp_path)
+    with pytest.raises(ValueError, match="nothing matches lm_head"):
+        balora.attach(small(tied=False), "lora", r=2, targets=["lm_head"])
+
+
 def test_full_tuning_has_no_adapter_to_save(small, tmp_path):
     net = small()
     balora.attach(net, "full")

@@ -82,3 +82,26 @@ def test_training_with_everything_on(device, method, tmp_path, monkeypatch):
     if device == "cuda":
         assert eval.device_name(device) == torch.cuda.get_device_name()
     train_nlg.main([*argv, "--out_dir=plain", "--max_iters=8", "--resume"])
+
+
+def test_compiled_training_meets_few_shapes(tmp_path, monkeypatch):
+    """--compile must not fall back to eager: batches of five lengths, an evaluation with generation before them, and still a handful of graphs."""
+    import torch._dynamo
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    net = net_on("cpu", torch.float32)
+    balora.attach(net, "balora", r=4)
+    for layer in net.layers:
+        layer.compile(backend=counting)
+    net.generate([[1, 2, 3], [4]], max_new=12, eos=-1)
+    assert not graphs
+    for length in (40, 56, 33, 71, 90):
+        with balora.teacher(net):
+            net.hidden(torch.randint(0, 259, (2, length)))
+        net.hidden(torch.randint(0, 259, (2, length))).sum().backward()
+    assert 2 <= len(graphs) <= 6
+    torch._dynamo.reset()

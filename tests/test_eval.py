@@ -90,6 +90,8 @@ def test_gsm8k_answers_are_cleaned(shared):
     text = "He sold 48/2 = <<48/2=24>>24 clips.\nIn all <<48+24=72>>72.\n#### 72"
     assert eval.clean_answer(text) == "He sold 48/2 = 24 clips.\nIn all 72.\nThe answer is: 72"
     assert eval.clean_answer("#### 1,234 ") == "The answer is: 1234" and eval.clean_answer("plain #1") == "plain #1"
+    for other in ('cout << "n: ";\n cin >> n;', "text\n#### Conclusion of the text", "x #### 5"):
+        assert eval.clean_answer(other) == other
     rows = eval.read_rows(str(shared / "gsm8k/train.jsonl"))
     raw = [json.loads(line)["answer"] for line in open(shared / "gsm8k/train.jsonl")]
     assert len(rows) == 7473 and not any("<<" in a or "####" in a for _, _, a in rows)
@@ -182,15 +184,15 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path):
         f.write(b"half")
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError, match="cannot write.*No space left.*untouched"):
-        eval.write_atomic(str(path), full)
+        balora.write_atomic(str(path), full)
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_cut_drops_later_and_broken_records(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    eval.cut(str(path), 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    (tmp_path / "eval.json").write_text('[{"step": 0}, {"step": 3}]')
+    eval.cut(str(tmp_path), 2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n' and json.loads((tmp_path / "eval.json").read_text()) == [{"step": 0}]
 
 
 def test_pick_device_and_dtype():
@@ -198,8 +200,10 @@ def test_pick_device_and_dtype():
     with pytest.raises(ValueError, match="float16"):
         eval.pick_dtype("float16", "cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA"):
+        with pytest.raises(ValueError, match="--device=cuda: this PyTorch has 1 cpu"):
             eval.pick_device("cuda")
+    with pytest.raises(ValueError, match="--device=gpu"):
+        eval.pick_device("gpu")
 
 
 # commands, on a run of two steps
@@ -233,8 +237,31 @@ def test_sample(run, capsys):
 def test_loss_equals_the_training_scripts(run, capsys):
     command("loss", f"--run={run}/out", f"--data={run}/rows.jsonl", "--last=8")
     got = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
-    last = [json.loads(line) for line in open(run / "out/eval.jsonl")][-1]
+    last = json.loads((run / "out/eval.json").read_text())[-1]
     assert float(got["loss"]) == pytest.approx(last["loss"], abs=2e-4) and float(got["drift"]) == pytest.approx(last["drift"], abs=2e-4) and last["drift"] > 1e-3
+
+
+def test_a_retrained_adapter_is_not_scored_from_old_answers(run):
+    import shutil
+    shutil.copytree(run / "out", run / "again")
+    args = ["gsm8k", f"--run={run}/again", f"--data={run}/rows.jsonl", "--last=4", "--max_new=4"]
+    command(*args)
+    from safetensors.torch import load_file, save_file
+    path = run / "again/adapter/adapter_model.safetensors"
+    save_file({k: 2 * v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="was made with"):
+        command(*args)
+
+
+def test_other_weights_under_an_adapter_are_refused(run):
+    import shutil
+    from conftest import randomise, small_config
+    shutil.copytree(run / "out", run / "moved")
+    randomise(model.Transformer(small_config(vocab_size=259, max_len=512, eos=257)), seed=4).save(run / "other", model.Bytes())
+    record = json.loads((run / "moved/config.json").read_text())
+    (run / "moved/config.json").write_text(json.dumps({**record, "base": str(run / "other")}))
+    with pytest.raises(ValueError, match="was tuned on weights"):
+        command("sample", f"--run={run}/moved", "--prompt=x")
 
 
 def test_gsm8k_goes_on_where_it_was_stopped(run, capsys):

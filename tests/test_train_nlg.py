@@ -42,7 +42,7 @@ def log(out):
 
 
 def same_run(a, b):
-    assert log(a) == log(b) and open(f"{a}/eval.jsonl").read() == open(f"{b}/eval.jsonl").read()
+    assert log(a) == log(b) and open(f"{a}/eval.json").read() == open(f"{b}/eval.json").read()
     from safetensors.torch import load_file
     x, y = (load_file(f"{d}/adapter/adapter_model.safetensors") for d in (a, b))
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
@@ -59,7 +59,7 @@ def test_default_run_in_small(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for word in ("before", "exact_match", "drift", "loss figure: out/tiny-balora-0/loss.png", "reference:", "⟦", "trainable 81,920 of 886,272"):
         assert word in out, word
-    assert {p.name for p in (tmp_path / "out/tiny-balora-0").iterdir()} == {"config.json", "log.jsonl", "eval.jsonl", "checkpoint.pt", "adapter", "loss.png"}
+    assert {p.name for p in (tmp_path / "out/tiny-balora-0").iterdir()} == {"config.json", "log.jsonl", "eval.json", "checkpoint.pt", "adapter", "loss.png"}
     cached = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("tiny-noise*/*")}
     train_nlg.main([*argv, "--method=lora"])
     assert len(cached) == 2 and all(p.stat().st_mtime_ns == t for p, t in cached.items())       # pre-trained once
@@ -161,6 +161,10 @@ def test_consistency_rate(base):
     train("--max_iters=6", "--out_dir=whole")
     a, b = log("quarter"), log("whole")
     assert a[0]["task"] == b[0]["task"] and a[-1]["cr"] > 0 and a[-1]["cr"] != b[-1]["cr"]
+    train("--max_iters=6", "--consistency_rate=0.25", "--lambda3=0", "--micro_batch=2", "--out_dir=parts")         # most micro-batches have no taught sequence
+    train("--max_iters=6", "--consistency_rate=0.25", "--lambda3=0", "--out_dir=once")
+    for a, b in zip(log("parts"), log("once")):
+        assert a["task"] == pytest.approx(b["task"], rel=1e-3) and a["cr"] == pytest.approx(b["cr"], rel=1e-2, abs=1e-6)
 
 
 def test_options_that_change_how_not_what(base):
@@ -186,7 +190,7 @@ def test_dry_run_needs_no_weights(tmp_path, monkeypatch, capsys):
     train_nlg.main(["--init=llama2-7b", "--dry_run"])
     out = capsys.readouterr().out
     assert "319,815,680 of 6,738,415,616" in out and "32 layers" in out and "128 x 512 = 65,536" in out and "together" in out and not os.listdir()
-    train_nlg.main(["--init=llama2-7b", "--dry_run", "--method=full", "--micro_batch=1"])
+    train_nlg.main(["--init=llama2-7b", "--dry_run", "--method=full", "--lambda1=0.1", "--micro_batch=1"])
     assert "frozen copy" in capsys.readouterr().out
 
 
@@ -272,6 +276,32 @@ def test_another_runs_folder_is_left_alone(base, capsys, monkeypatch):
     assert before == {p: p.read_bytes() for p in (base / "o").rglob("*") if p.is_file()}
     train("--max_iters=3", "--out_dir=o", "--overwrite")
     assert len(log("o")) == 3
+
+
+def test_bad_input_leaves_folders_as_they_were(base, capsys, monkeypatch):
+    train("--max_iters=2", "--out_dir=o")
+    before = {p: p.read_bytes() for p in (base / "o").rglob("*") if p.is_file()}
+    assert "above the smallest" in fails(capsys, monkeypatch, "--max_iters=2", "--out_dir=o", "--overwrite", "--r=30")
+    assert "nowhere" in fails(capsys, monkeypatch, "--data=nowhere.json", "--out_dir=n")
+    assert before == {p: p.read_bytes() for p in (base / "o").rglob("*") if p.is_file()} and not os.path.exists("n")
+    os.makedirs("mine/model")
+    assert "holds model but no config.json" in fails(capsys, monkeypatch, "--out_dir=mine", "--overwrite")
+    assert "not a run's config.json" in fails(capsys, monkeypatch, "--out_dir=base", "--overwrite")
+    assert os.path.isdir("mine/model")
+
+
+def test_another_runs_checkpoint_is_refused(base, capsys, monkeypatch):
+    train("--max_iters=2", "--out_dir=a")
+    train("--max_iters=2", "--r=5", "--out_dir=b")
+    shutil.copy("b/checkpoint.pt", "a")
+    assert "another model or adapter" in fails(capsys, monkeypatch, "--max_iters=2", "--out_dir=a", "--resume")
+    with open("a/checkpoint.pt", "r+b") as f:
+        f.truncate(1000)
+    assert "cannot be read" in fails(capsys, monkeypatch, "--max_iters=2", "--out_dir=a", "--resume")
+
+
+def test_divergence_under_the_svd_term_is_one_line(base, capsys, monkeypatch):
+    assert "not finite" in fails(capsys, monkeypatch, "--learning_rate=1e30", "--max_iters=9", "--no-schedule", "--out_dir=o")
 
 
 def test_non_finite_loss_stops_the_run(base, capsys, monkeypatch):
