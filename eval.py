@@ -549,15 +549,15 @@ def save_figure(fig, path):
     pyplot().close(fig)
 
 
-def plot_curves(runs, path, weight=0.9):
-    """Training loss and gradient norm against the step, one line a run (the poster's "Optimization Dynamics")."""
+def plot_curves(runs, path):
+    """Training loss and gradient norm against the step, one line a run, smoothed over a twentieth of its steps (the poster's "Optimization Dynamics")."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run, colour in zip(runs, COLOURS * len(runs)):
         log = [json.loads(line) for line in open(os.path.join(run, "log.jsonl"), encoding="utf-8")]
         if not log:
             raise ValueError(f"{run}: log.jsonl is empty; nothing to draw")
-        steps = [r["step"] for r in log]
+        steps, weight = [r["step"] for r in log], 1 - 1 / max(1, len(log) / 20)
         for ax, name in zip(axes, ("task", "grad_norm")):
             ax.plot(steps, [r[name] for r in log], color=colour, alpha=0.2, lw=0.8)
             ax.plot(steps, smooth([r[name] for r in log], weight), color=colour, lw=1.6, label=os.path.basename(os.path.normpath(run)))
