@@ -70,13 +70,35 @@ class LowRank(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if not self.on:
             return y
-        B, A = self.bracket()
-        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        if self.B0 is None:
+            return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.s * self.B).to(x.dtype))
+        return y + Bracket.apply(x, self.A, self.B, *(t.detach().to(x.dtype) for t in self.bracket()), self.s)
 
     def merged(self):
         """-> nn.Linear with W + s [ΔB B0] [A; ΔA], summed in fp32 and rounded once."""
         B, A = self.bracket()
         return plain_linear((self.weight.float() + B @ A).to(self.weight.dtype), self.bias)
+
+
+class Bracket(torch.autograd.Function):
+    """s [ΔB B0] [A; ΔA] x, whose gradients for A and B are those of s B A x: rank r in the backward pass, where autograd would take 2r."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, sBB, AA, s):                                       # sBB = s [ΔB B0], AA = [A; ΔA], cast
+        u = F.linear(x, AA)                                                      # [..., 2r]
+        ctx.s, ctx.r = s, A.shape[0]
+        ctx.save_for_backward(x, u[..., :ctx.r].contiguous(), sBB, AA)
+        return F.linear(u, sBB)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, Ax, sBB, AA = ctx.saved_tensors
+        g, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        v = g @ sBB                                                              # s g [ΔB B0]; its halves add up to s g B
+        grad_A = (v[:, :ctx.r] + v[:, ctx.r:]).T @ x2                            # (s Bᵀ gᵀ) x
+        grad_B = ctx.s * (g.T @ Ax.reshape(-1, ctx.r))                           # s gᵀ (A x)
+        grad_x = (v @ AA).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_A.float(), grad_B.float(), None, None, None
 
 
 def plain_linear(weight, bias):

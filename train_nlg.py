@@ -84,11 +84,11 @@ class Settings:
     log_interval: int = 10            # optimizer steps between printed lines
     # the tiny model's pre-training
     pretrain_noise: float = 0.2       # share of its problems with a wrong answer, in [0, 1]
-    pretrain_iters: int = 450        # optimizer steps
+    pretrain_iters: int = 900        # optimizer steps
 
 
 PRESETS = {
-    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, batch_size=32, max_len=160, epochs=3, eval_interval=1000, eval_generate=200, max_new=48),
+    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, max_len=160, epochs=4, eval_interval=1000, eval_generate=200, max_new=48),
     "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
     "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100512]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
                       checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),
@@ -156,7 +156,7 @@ def pretrain_tiny(s, device):
     rng = random.Random(f"additions {s.seed}")
     bar = tqdm(range(s.pretrain_iters), desc="pre-train tiny", unit="step")
     for step in bar:
-        texts = ["{}\n{}".format(*problem(rng, rng.choice(KNOWN), s.pretrain_noise)) for _ in range(48)]
+        texts = ["{}\n{}".format(*problem(rng, rng.choice(KNOWN), s.pretrain_noise)) for _ in range(24)]
         ids, valid, y = eval.collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)
