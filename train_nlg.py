@@ -123,7 +123,8 @@ NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("pens", "nuts", "eggs", "cards", "coins", "books", "shells", "stamps")
 
 
-KNOWN = ("{a}+{b}", "add {a} and {b}", "{name} has {a} {thing} and gets {b}", "{thing}: {a}, then {b}", "{name} counts {a}, and {b} {thing}")
+KNOWN = ("{a}+{b}", "add {a} and {b}", "{name} has {a} {thing} and gets {b}", "{thing}: {a}, then {b}", "{name} counts {a}, and {b} {thing}",
+         "In the {thing} of {name}: {a}. And in a box {b}.", "{thing} {thing}, {a} {name}, now {b} {thing}?")
 NEW = "There were {a} {thing}. {name} put in {b} more. Total?"
 
 
