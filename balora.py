@@ -356,7 +356,9 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     l1, l2, l3 = lambdas
     if l1 and H_P is None:
         raise ValueError("loss_nlg: λ1 > 0 needs the teacher's H_P")
-    weight = {"task": 1 / (M or len(y)), "cr": l1 * cr_scale / (M or len(y)), "dr": l2 / (M or len(y))}
+    one = 1 / (M or len(y))
+    scale = {"task": one, "cr": cr_scale * one, "dr": one}                       # Σ over rows -> the term's raw value
+    weight = {"task": one, "cr": l1 * scale["cr"], "dr": l2 * one}               # Σ over rows -> its part of L
     H_P = H_P if l1 else H_F[:0]
     sums = compiled(token_sums) if compile else token_sums
     if E is None:
@@ -364,7 +366,6 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
         total = sum(weight[name] * v for name, v in values.items())
     else:
         total, values = by_chunks(sums, weight, H_F, y, H_P, E, T, K, bool(l2), chunk or (64 if H_F.device.type == "cpu" else 1024))
-    scale = {"task": weight["task"], "cr": cr_scale * weight["task"], "dr": weight["task"]}
     terms = {name: scale[name] * v.detach() for name, v in values.items()}
     if l3:
         svdr = svdr_nlg(H_F.float() if E is None else F.linear(H_F.float(), R), k) * share
@@ -482,7 +483,7 @@ def save_adapter(model, folder, base=None):
         state[f"base_model.model.{public(name)}.lora_B.weight"] = (B / layer.s).detach().cpu().contiguous()
     ranks = {public(name): layer.A.shape[0] * (1 if layer.B0 is None else 2) for name, layer in layers.items()}
     alphas = {public(name): layer.s * ranks[public(name)] for name, layer in layers.items()}
-    rank, alpha = ranks[public(next(iter(layers)))], alphas[public(next(iter(layers)))]
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     leaves = {public(name).rsplit(".", 1)[-1] for name in layers}
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and public(n).rsplit(".", 1)[-1] in leaves]
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none",

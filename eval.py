@@ -609,7 +609,8 @@ def gsm8k(o):
     examples, line = encode_rows(rows, tok, template, net.config.max_len)
     gold = [extract_answer(tok.decode(a[:-1])) for _, a in examples]
     print(f"{o.data}: {line}; template {template}; greedy, at most {max_new} tokens; {sum(g is None for g in gold)} rows without a gold number")
-    head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data, rows=len(rows), last=o.last, template=template, max_new=max_new)
+    head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:],
+                data=o.data, rows=len(rows), last=o.last, template=template, max_new=max_new)
     path, old = answer_file(o.run, o.out or "gsm8k" + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
     seen = {r["row"] for r in old}
     todo = [i for i in range(len(examples)) if i not in seen]
@@ -778,16 +779,22 @@ def our_step(o, ids, valid):
     return step
 
 
-def peft_step(o, ids, valid):
-    """transformers + peft as Trainer(bf16=True) runs them. "authors": a second model as teacher, full-vocabulary logits at all positions, three terms."""
+def peft_stack(o, folder=None):
+    """-> load() of the bf16 model in transformers, wrap(model) with peft's fast PiSSA."""
     try:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
     except ImportError as e:
-        raise ValueError(f"bench compares with peft and transformers, and {e.name} is missing: pip install -r tests/requirements.txt") from None
-    load = lambda: AutoModelForCausalLM.from_pretrained(o.init, dtype=torch.bfloat16).to(o.device)
-    net = get_peft_model(load(), LoraConfig(r=o.r, lora_alpha=o.r, init_lora_weights="pissa_niter_16", target_modules=list(balora.TARGETS)))
-    copy = load().eval().requires_grad_(False) if o.only == "balora-authors" else None
+        raise ValueError(f"this benchmark compares with peft and transformers, and {e.name} is missing: pip install -r tests/requirements.txt") from None
+    config = LoraConfig(r=o.r, lora_alpha=o.r, init_lora_weights="pissa_niter_16", target_modules=list(balora.TARGETS))
+    return lambda: AutoModelForCausalLM.from_pretrained(folder or o.init, dtype=torch.bfloat16), lambda net: get_peft_model(net, config)
+
+
+def peft_step(o, ids, valid):
+    """transformers + peft as Trainer(bf16=True) runs them. "authors": a second model as teacher, full-vocabulary logits at all positions, three terms."""
+    load, wrap = peft_stack(o)
+    net = wrap(load().to(o.device))
+    copy = load().to(o.device).eval().requires_grad_(False) if o.only == "balora-authors" else None
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5, fused=o.device.startswith("cuda"))
     labels = torch.where(valid.roll(1, 1), ids, -100)
     net.train()
@@ -812,19 +819,18 @@ def peft_step(o, ids, valid):
 
 def bench_init(o):
     """PiSSA initialisation of every targeted layer: time and residual error, here and in peft's pissa_niter_16, alternating."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
     times, errors = {"this project": [], "peft": []}, {}
     with tempfile.TemporaryDirectory() as folder:
+        load, wrap = peft_stack(o, folder)
         model.load(o.init, dtype=torch.bfloat16)[0].save(folder, model.Bytes())  # no text is read
         for _ in range(o.steps):
             net, _ = model.load(folder, say=lambda *_: None)
             start = time.perf_counter()
             balora.attach(net, "pissa", r=o.r)
             times["this project"].append(time.perf_counter() - start)
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            theirs = load()
             start = time.perf_counter()
-            theirs = get_peft_model(theirs, LoraConfig(r=o.r, lora_alpha=o.r, init_lora_weights="pissa_niter_16", target_modules=list(balora.TARGETS)))
+            theirs = wrap(theirs)
             times["peft"].append(time.perf_counter() - start)
         square = lambda W, B, A: (W.float() - B.float() @ A.float()).square().sum().item()
         layers = balora.adapted_layers(net)

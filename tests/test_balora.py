@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config, randomise
 from torch import nn
 
 import balora

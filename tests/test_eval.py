@@ -1,7 +1,6 @@
 """eval.py: settings, run folder, rows and prompts, metrics, commands."""
 import csv
 import json
-import math
 import random
 from dataclasses import dataclass
 
