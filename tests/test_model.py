@@ -75,7 +75,7 @@ def test_wrong_choices_are_caught(tmp_path):
             ours, _ = model.load(str(tmp_path))
             setattr(ours.config, field, value)
             for m in ours.modules():
-                if isinstance(m, model.Norm):
+                if isinstance(m, model.RMSNorm):
                     m.eps = ours.config.norm_eps
             assert (ours(ids) - want).abs().max() > 1e-3, field
 
@@ -83,7 +83,7 @@ def test_wrong_choices_are_caught(tmp_path):
 def test_norm_eps_comes_from_the_config(tmp_path):
     reference(tmp_path)
     ours, _ = model.load(str(tmp_path))
-    assert {m.eps for m in ours.modules() if isinstance(m, model.Norm)} == {1e-5}
+    assert {m.eps for m in ours.modules() if isinstance(m, model.RMSNorm)} == {1e-5}
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin", "bin-sharded", "old-bin"])
@@ -158,7 +158,8 @@ def test_broken_folders_say_what_is_wrong(tmp_path):
     shard = sorted((tmp_path / "good").glob("*.safetensors"))[1].name
     assert shard in broken(lambda f: (f / shard).unlink()) and "missing" in broken(lambda f: (f / shard).unlink())
     assert "download complete" in broken(lambda f: (f / shard).write_bytes((f / shard).read_bytes()[:-50]))
-    assert "model_type 'bert'" in broken(config(model_type="bert"))
+    assert "hidden_act='silu' is not bert" in broken(config(model_type="bert"))
+    assert "model_type 'gpt2'" in broken(config(model_type="gpt2"))
     assert "attention_bias" in broken(config(attention_bias=True))
     assert "yarn" in broken(config(rope_parameters={"rope_type": "yarn", "factor": 2.0}))
     assert "config.json" in broken(lambda f: (f / "config.json").unlink())
@@ -190,9 +191,9 @@ def write_gguf(path, net, kind="F32", arch="llama"):
     symbols = list(model.byte_symbols().values())
     w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("gpt-2"), w.add_token_list(symbols), w.add_token_types([1] * len(symbols)), w.add_token_merges(["a b"])
     w.add_eos_token_id(1)
-    back = {ours: theirs for theirs, ours in model.KEYS["gguf"].items() if ours}
+    back = {ours: theirs for theirs, ours in model.KEYS["gguf"].items()}
     for name, t in net.state_dict().items():
-        key = model._rename(name, back)
+        key = model.renamed(name, back)
         heads = {"attn_q": c.n_heads, "attn_k": c.n_kv_heads}.get(key.split(".")[-2])
         if heads:
             t = t.view(heads, 2, t.shape[0] // heads // 2, -1).transpose(1, 2).reshape(t.shape)
