@@ -29,6 +29,7 @@ import tempfile
 import time
 import traceback
 import types
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -429,6 +430,17 @@ def collate(examples, device):
     return ids.to(device), valid.to(device), y.to(device)
 
 
+def batch_order(lengths, batch_size, rng):
+    """The batches of one epoch, each a list of indices of similar length: shuffle, sort within windows of 50 batches, cut, shuffle the batches."""
+    order = rng.sample(range(len(lengths)), len(lengths))
+    window, batches = 50 * batch_size, []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start:start + window], key=lengths.__getitem__)
+        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
 def batches_by_length(examples, size):
     """Indices of `examples`, longest first, `size` at a time: little padding, and the first batch is the largest."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]) - len(examples[i][1]))
@@ -513,6 +525,34 @@ def extract_answer(text):
         return round(fractions.Fraction(number)) if "/" in number else round(float(number))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
+
+
+def scores(y, Z, labels):
+    """True ids (scores where `labels` is empty) [N] and logits Z [N, D] -> the dict of classification_scores or of regression_scores."""
+    return classification_scores(y, Z.argmax(-1).tolist(), labels) if labels else regression_scores(y, Z[:, 0].tolist())
+
+
+def classification_scores(y, predicted, labels):
+    """True and predicted class ids [N], the words of the D classes -> dict, each a share but Matthews' coefficient:
+
+    accuracy; f1 of class 1, where D = 2; macro_f1, the mean over all D; matthews, 0 where either side is constant; recall_WORD of every
+    class. A class that has no row, or is never predicted, counts 0.
+    """
+    from sklearn import metrics
+    _, recall, f1, _ = metrics.precision_recall_fscore_support(y, predicted, labels=range(len(labels)), average=None, zero_division=0.0)
+    varied = len(set(y)) > 1 and len(set(predicted)) > 1
+    return {"accuracy": float(metrics.accuracy_score(y, predicted)), **({"f1": float(f1[1])} if len(labels) == 2 else {}), "macro_f1": float(f1.mean()),
+            "matthews": float(metrics.matthews_corrcoef(y, predicted)) if varied else 0.0, **{f"recall_{word}": float(r) for word, r in zip(labels, recall)}}
+
+
+def regression_scores(y, predicted):
+    """True and predicted scores [N] -> dict: pearson, spearman, combined (their mean); 0 where either side is constant."""
+    from scipy import stats
+    varied = len(set(y)) > 1 and len(set(predicted)) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        pearson, spearman = (float(f(y, predicted).statistic) if varied else 0.0 for f in (stats.pearsonr, stats.spearmanr))
+    return dict(pearson=pearson, spearman=spearman, combined=(pearson + spearman) / 2)
 
 
 def wilson(hits, n):

@@ -191,15 +191,8 @@ def load_examples(s, tok):
 
 
 def order_of(examples, batch_size, seed, epoch):
-    """The batches of one epoch, each a list of indices of similar length: shuffle, sort within windows of 50 batches, cut, shuffle the batches."""
-    rng = random.Random(f"order {seed} {epoch}")
-    order = rng.sample(range(len(examples)), len(examples))
-    window, batches = 50 * batch_size, []
-    for start in range(0, len(order), window):
-        rows = sorted(order[start:start + window], key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    """The batches of one epoch, each a list of indices of similar length."""
+    return eval.batch_order([len(p) + len(a) for p, a in examples], batch_size, random.Random(f"order {seed} {epoch}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
