@@ -20,8 +20,8 @@ The difference of products on the left is never computed: in 16 bits it cancels.
 | A0, B0 | their values at the start (B0 None: zeros)| same     |   | H, E   | hidden states, head: Z = H Eᵀ         | [M, d], [V, d] |
 | s      | alpha / r                                 | scalar   |   | R      | E = Q R, so σ(Z) = σ(H Rᵀ)            | [d, d] |
 
-M counts the positions that *predict* a response token. Where we differ from the authors' code and why: README.
-Equations are named as on the poster: CR-NLG, DR-NLG, SVDR-NLG.
+M counts the positions that *predict* a response token; of a classifier, Z is [N, D]: N examples, D classes. Where we differ from the authors'
+code and why: README. Equations are named as on the poster: CR-NLG, DR-NLG, SVDR-NLG, CR-NLU, DR-NLU, SVDR-NLU.
 """
 import difflib
 import fnmatch
@@ -101,6 +101,24 @@ class Bracket(torch.autograd.Function):
         return grad_x, grad_A.float(), grad_B.float(), None, None, None
 
 
+class BiasOffset(nn.Module):
+    """y = inner(x) + Δb beside a linear layer or a LayerNorm; Δb [out] is fp32 and starts at zero (BitFit, Ben Zaken et al. 2022)."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.on = inner, True
+        self.offset = nn.Parameter(torch.zeros_like(inner.bias, dtype=torch.float32))
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y + self.offset.to(y.dtype) if self.on else y
+
+    def merged(self):
+        """-> the inner layer with b + Δb, summed in fp32 and rounded once."""
+        self.inner.bias = nn.Parameter((self.inner.bias.float() + self.offset).to(self.inner.bias.dtype), requires_grad=False)
+        return self.inner
+
+
 def plain_linear(weight, bias):
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -156,7 +174,7 @@ class Method:
     """What distinguishes a method: the layer it puts in place of a linear one, how that starts, whether the poster's λ are its default."""
     what: str
     layer: type | None = LowRank      # None: no new layers, every weight trains
-    init: callable = None             # one of the functions above
+    init: callable = None             # one of the functions above, for LowRank
     regularized: bool = False
 
 
@@ -165,6 +183,7 @@ METHODS = {
     "lora":   Method("W + s B A, B starts at zero", init=init_lora),
     "pissa":  Method("W + s (B A - B0 A0), (A0, B0) the largest singular triplets", init=init_pissa),
     "balora": Method("PiSSA + consistency, diversity and SVD regularizers", init=init_pissa, regularized=True),
+    "bitfit": Method("every bias b + Δb, linear layers and norms", layer=BiasOffset),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -180,16 +199,19 @@ class Report:
     alpha: float
     matched: dict = field(default_factory=dict)      # pattern -> names of the layers it matched
     trainable: int = 0
+    head: int = 0                                    # of those, in a classification head, which trains whole
     total: int = 0                                   # parameters of the network itself
 
     def __str__(self):
         rows = [f"  {pattern:<12} {len(names):>4} layers   {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}" for pattern, names in self.matched.items()]
-        head = f"{self.method}: {METHODS[self.method].what}" + (f" (r={self.r}, alpha={self.alpha:g})" if rows else "")
-        return "\n".join([head, *rows, f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"])
+        title = f"{self.method}: {METHODS[self.method].what}" + (f" (r={self.r}, alpha={self.alpha:g})" if METHODS[self.method].init else "")
+        share = f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"
+        return "\n".join([title, *rows, share + (f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else "")])
 
 
 def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter=10, oversample=8, frozen_copy=False, progress=False):
-    """Freeze `model` and make it trainable by `method`. Any module that holds nn.Linear layers will do.
+    """Freeze `model` and make it trainable by `method`. Any module that holds nn.Linear layers will do. Submodules that it names in `trained_whole`
+    (a classification head) train too.
 
     alpha: the bracket counts s = alpha / r (None: alpha = r). targets: names or patterns of layers ("q_proj",
     "layers.0.*"); None: the seven projections. niter, oversample: the fast SVD, see `top_svd` (niter 0: exact). frozen_copy:
@@ -204,25 +226,36 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
     if adapted_layers(model) or hasattr(model, "pretrained"):
         raise ValueError("this model already has an adapter: merge it first, or load the model anew")
     report = Report(method, r, alpha, total=sum(p.numel() for p in model.parameters()))
-    if METHODS[method].layer is None:
+    layer, init = METHODS[method].layer, METHODS[method].init
+    if layer is None:
         model.requires_grad_(True)
         model.pretrained = {name: p.detach().clone() for name, p in model.named_parameters()} if frozen_copy else None
     else:
         model.requires_grad_(False)
-        report.matched = match(model, targets)
+        report.matched = match(model, targets, biases=layer is BiasOffset)
         names = dict.fromkeys(name for names in report.matched.values() for name in names)
-        small = {name: min(model.get_submodule(name).weight.shape) for name in names}
-        if r > min(small.values()):
-            raise ValueError(f"r={r} is above the smallest dimension of {min(small, key=small.get)} ({min(small.values())}); choose a smaller r")
+        if init:
+            small = {name: min(model.get_submodule(name).weight.shape) for name in names}
+            if r > min(small.values()):
+                raise ValueError(f"r={r} is above the smallest dimension of {min(small, key=small.get)} ({min(small.values())}); choose a smaller r")
         device = next(iter(model.parameters())).device
         rng = torch.Generator("cpu" if device.type in ("mps", "meta") else device).manual_seed(seed)     # MPS has no SVD
-        init = METHODS[method].init if device.type != "meta" else shapes_only(METHODS[method].init)
-        for name in tqdm(names, desc=f"{method} initialisation", unit="layer", disable=not progress):
+        init = shapes_only(init) if init and device.type == "meta" else init
+        for name in tqdm(names, desc=f"{method} initialisation", unit="layer", disable=not (progress and init)):
             linear = model.get_submodule(name)
-            A0, B0 = init(linear.weight.detach(), r, alpha / r, rng, niter=niter, oversample=oversample)
-            replace(model, name, METHODS[method].layer(linear, A0, B0, alpha / r))
+            if init:
+                A0, B0 = init(linear.weight.detach(), r, alpha / r, rng, niter=niter, oversample=oversample)
+            replace(model, name, layer(linear, A0, B0, alpha / r) if init else layer(linear))
+        for module in whole(model).values():
+            module.requires_grad_(True)
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.head = sum(p.numel() for module in whole(model).values() for p in module.parameters())
     return report
+
+
+def whole(model):
+    """-> {name: submodule} that trains whole beside any method: a classification head."""
+    return {name: model.get_submodule(name) for name in getattr(model, "trained_whole", ()) if hasattr(model, name)}
 
 
 def shapes_only(init):
@@ -230,17 +263,26 @@ def shapes_only(init):
     return lambda W, r, *_, **__: (W.new_empty(r, W.shape[1]), None if init is init_lora else W.new_empty(W.shape[0], r))
 
 
-def match(model, targets):
-    """-> {pattern: names of the nn.Linear layers it matches}; default: those of TARGETS that the model has."""
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in getattr(model, "not_adapted", ())]
-    found = {t: [n for n in linears if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in targets or TARGETS}
+def match(model, targets, biases=False):
+    """-> {pattern: names of the nn.Linear layers it matches}; default: those of TARGETS that the model has. biases: of all layers and norms with a bias."""
+    layers = adaptable(model, biases)
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in layers})
+    patterns = targets or (leaves if biases else TARGETS)
+    found = {t: [n for n in layers if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in patterns}
     if targets is None:
         found = {t: names for t, names in found.items() if names}
     empty = [t for t, names in found.items() if not names]
     if empty or not found:
-        leaves = sorted({n.rsplit(".", 1)[-1] for n in linears})
-        raise ValueError(f"targets: nothing matches {', '.join(empty or TARGETS)}; the model's linear layers are {', '.join(leaves)}")
+        what = "layers with a bias" if biases else "linear layers"
+        raise ValueError(f"targets: nothing matches {', '.join(empty or patterns) or 'any bias'}; the model's {what} are {', '.join(leaves) or 'none'}")
     return found
+
+
+def adaptable(model, biases=False):
+    """Names of the linear layers (biases: of layers and norms with a bias) that an adapter may stand beside."""
+    closed = (*getattr(model, "not_adapted", ()), *whole(model))
+    fits = (lambda m: isinstance(m, nn.Linear | nn.LayerNorm) and m.bias is not None) if biases else lambda m: isinstance(m, nn.Linear)
+    return [name for name, m in model.named_modules() if fits(m) and not any(f"{name}.".startswith(f"{c}.") for c in closed)]
 
 
 def replace(model, name, module):
@@ -250,7 +292,7 @@ def replace(model, name, module):
 
 def adapted_layers(model):
     """-> {name: adapted layer}"""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRank)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRank | BiasOffset)}
 
 
 def nearest(word, known):
@@ -289,7 +331,7 @@ def teacher(model):
 
 
 def merge(model):
-    """Fold every bracket into its W and put plain nn.Linear layers back. -> how many. A second call finds none and does nothing."""
+    """Fold every bracket into its W, every Δb into its b, and put plain layers back. -> how many. A second call finds none and does nothing."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
         with torch.no_grad():
@@ -298,13 +340,51 @@ def merge(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The regularizers of the poster, NLU form: class logits of N examples
+
+def kl(Z_P, Z_F):
+    """KL( softmax(Z_P) ‖ softmax(Z_F) ) of each row, nats. [M, V] twice -> [M]."""
+    log_P, log_F = F.log_softmax(Z_P, dim=-1), F.log_softmax(Z_F, dim=-1)
+    return (log_P.exp() * (log_P - log_F)).sum(-1)
+
+
+def cr_nlu(Z_P, Z_F, T):
+    """Consistency: L_CR = T² · KL( softmax(Z_P/T) ‖ softmax(Z_F/T) ), mean over examples, nats. Z_P, Z_F [N, D] -> scalar ≥ 0. (CR-NLU)"""
+    return T**2 * kl(Z_P / T, Z_F / T).mean()
+
+
+def dr_nlu(Z_F):
+    """Diversity: L_DR = 1/D Σ_{i≠j} C(Z_F)²_ij, C = Z_cᵀ Z_c / (N-1), Z_c = Z_F - mean over examples. Z_F [N ≥ 2, D] -> scalar ≥ 0. (DR-NLU)"""
+    N, D = Z_F.shape
+    Z_c = Z_F - Z_F.mean(0)
+    C = Z_c.T @ Z_c / (N - 1)
+    return (C - C.diag().diag()).square().sum() / D
+
+
+def svdr_nlu(Z_F, k):
+    """Low rank: L_SVDR = - Σ_{i≤k} σ_i / Σ_{j≤min(N,D)} σ_j. Z_F [N, D] -> scalar in [-1, 0); where k ≥ min(N, D) the constant -1. (SVDR-NLU)"""
+    sigma = torch.linalg.svdvals(Z_F.cpu() if Z_F.device.type == "mps" else Z_F)
+    return -sigma[:k].sum() / sigma.sum().clamp_min(1e-8)
+
+
+def idle_terms(n, D, k):
+    """What cannot act on a matrix [n, D] (DESIGN "NLU honesty"). -> {"cr" | "dr" | "svdr": why}, for the run to say aloud."""
+    idle = {}
+    if D == 1:
+        idle |= {"cr": "the softmax of one logit is 1", "dr": "one column has no off-diagonal covariance"}
+    elif n < 2:
+        idle["dr"] = "the covariance of one example is undefined"
+    if min(n, D) == 1:
+        idle["svdr"] = "one singular value is all of the spectrum: the constant -1"
+    return idle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The regularizers of the poster, NLG form. Rows are valid positions only.
 
 def cr_nlg(Z_P, Z_F, T):
     """Consistency: L_CR = T² · 1/M Σ_i KL( P_P(y_i|x; T) ‖ P_F(y_i|x; T) ), nats. Z_P, Z_F [M, V] -> scalar ≥ 0. (CR-NLG)"""
-    log_P = F.log_softmax(Z_P / T, dim=-1)
-    log_F = F.log_softmax(Z_F / T, dim=-1)
-    return T**2 * (log_P.exp() * (log_P - log_F)).sum(-1).mean()
+    return T**2 * kl(Z_P / T, Z_F / T).mean()
 
 
 def dr_nlg(Z_F, K):
@@ -338,7 +418,34 @@ def range_basis(Z, q, niter, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The objective
+# The objectives
+
+def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N=None, share=1.0):
+    """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLU").
+
+    Z_F [n, D]: class logits, y [n]: class ids (cross-entropy), or scores with D = 1 (squared error). Z_P [n, D]: the teacher's logits. G [n, d]: what
+    DR and SVDR look at, default Z_F (the poster); pooled features are the other sensible choice, where D is large. N: examples in the whole
+    optimizer step, default n; task and CR are Σ/N, so micro-batches add up to the large batch. share: this micro-batch's part of the
+    average over micro-batches, which DR and SVDR take. SVDR's k is min(k, min(n, D) - 1), or it would be the constant -1. A term whose λ is 0
+    is not computed, nor is one that cannot act (`idle_terms`).
+    -> total (scalar, differentiable), terms {"task", "cr", "dr", "svdr"}: raw values that add up over micro-batches.
+    """
+    l1, l2, l3 = lambdas
+    if l1 and Z_P is None:
+        raise ValueError("loss_nlu: λ1 > 0 needs the teacher's Z_P")
+    Z_F, part = Z_F.float(), len(y) / (N or len(y))
+    G = Z_F if G is None else G.float()
+    idle = idle_terms(len(G), Z_F.shape[1], k).keys() & {"cr"} | idle_terms(*G.shape, k).keys() - {"cr"}
+    terms = {"task": part * (F.cross_entropy(Z_F, y) if not y.is_floating_point() else F.mse_loss(Z_F[:, 0], y))}
+    if l1 and "cr" not in idle:
+        terms["cr"] = part * cr_nlu(Z_P, Z_F, T)
+    if l2 and "dr" not in idle:
+        terms["dr"] = share * dr_nlu(G)
+    if l3 and "svdr" not in idle:
+        terms["svdr"] = share * svdr_nlu(G, min(k, min(G.shape) - 1))
+    weight = dict(task=1.0, cr=l1, dr=l2, svdr=l3)
+    return sum(weight[name] * value for name, value in terms.items()), {name: value.detach() for name, value in terms.items()}
+
 
 def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, M=None, cr_scale=1.0, share=1.0, R=None, chunk=None, compile=False):
     """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLG").
@@ -440,12 +547,13 @@ def lambda_schedule(step, max_iters, lambdas):
     return lambdas[0] * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2), lambdas[1] * ramp, lambdas[2] * ramp
 
 
-def lr_schedule(step, max_iters, warmup):
-    """The factor on the learning rate: linear warm-up over the first `warmup` share of steps, then cosine to 0 (PiSSA's script)."""
+def lr_schedule(step, max_iters, warmup, linear=False):
+    """The factor on the learning rate: linear warm-up over the first `warmup` share of steps, then cosine (PiSSA's script) or linear (GLUE's) decay to 0."""
     n = warmup * max_iters
     if step < n:
         return (step + 1) / (n + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - n) / max(max_iters - n, 1)))
+    p = (step - n) / max(max_iters - n, 1)
+    return 1 - p if linear else 0.5 * (1 + math.cos(math.pi * p))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,65 +578,94 @@ def save_adapter(model, folder, base=None):
     """Write the adapter as a plain LoRA for the *original* checkpoint, under the checkpoint's own layer names.
 
     B0 zero: lora_A = A, lora_B = B, rank r. Otherwise lora_A = [A; ΔA], lora_B = [ΔB, B0], rank 2r, alpha 2·alpha. Not
-    [A; A0], [B, -B0]: that cancels as soon as somebody casts it to 16 bits. base: what to name as the base model.
+    [A; A0], [B, -B0]: that cancels as soon as somebody casts it to 16 bits. BitFit's offsets stand as bias_offset (peft has no such
+    method, so only `load_adapter` reads them). A head that trained whole is saved beside, as peft's modules_to_save. base: what to name as the base model.
     """
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("save_adapter: the model has no low-rank adapter (a fully tuned model is saved whole, by model.save)")
+        raise ValueError("save_adapter: the model has no adapter (a fully tuned model is saved whole, by model.save)")
     public = getattr(model, "checkpoint_name", lambda name: name)
     state, (first, *_) = {}, layers.values()
     for name, layer in layers.items():
-        B, A = layer.bracket()
-        state[f"base_model.model.{public(name)}.lora_A.weight"] = A.detach().cpu().contiguous()
-        state[f"base_model.model.{public(name)}.lora_B.weight"] = (B / layer.s).detach().cpu().contiguous()
-    ranks = {public(name): layer.A.shape[0] * (1 if layer.B0 is None else 2) for name, layer in layers.items()}
-    alphas = {public(name): layer.s * ranks[public(name)] for name, layer in layers.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    leaves = {public(name).rsplit(".", 1)[-1] for name in layers}
-    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and public(n).rsplit(".", 1)[-1] in leaves]
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none",
-                  rank_pattern={name: r for name, r in ranks.items() if r != rank}, alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
-                  target_modules=sorted(map(public, layers) if others else leaves), fan_in_fan_out=False, use_rslora=False, inference_mode=True)
-    form = "lora_A = A, lora_B = B" if first.B0 is None else "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint"
+        if isinstance(layer, BiasOffset):
+            state[f"{public(name)}.bias_offset"] = layer.offset
+        else:
+            B, A = layer.bracket()
+            state |= {f"{public(name)}.lora_A.weight": A, f"{public(name)}.lora_B.weight": B / layer.s}
+    head = {f"{name}.{leaf}": p for name, module in whole(model).items() for leaf, p in module.state_dict().items()}
+    state |= {public(name): p for name, p in head.items()}
+    modules = dict.fromkeys(public(name).rpartition(".")[0] for name in head)
+    saved_whole = dict.fromkeys(m.rpartition(".")[0] or m for m in modules)
+    config = dict(base_model_name_or_path=base, task_type="SEQ_CLS" if head else "CAUSAL_LM", bias="none", inference_mode=True, modules_to_save=list(saved_whole) or None)
+    if isinstance(first, BiasOffset):
+        form, config = "bias_offset = Δb, to be added to the layer's bias", config | dict(peft_type="BITFIT")
+    else:
+        form = "lora_A = A, lora_B = B" if first.B0 is None else "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint"
+        ranks = {public(name): layer.A.shape[0] * (1 if layer.B0 is None else 2) for name, layer in layers.items()}
+        alphas = {public(name): layer.s * ranks[public(name)] for name, layer in layers.items()}
+        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        leaves = {public(name).rsplit(".", 1)[-1] for name in layers}
+        others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and public(n).rsplit(".", 1)[-1] in leaves]
+        config |= dict(peft_type="LORA", r=rank, lora_alpha=alpha, lora_dropout=0.0, rank_pattern={name: r for name, r in ranks.items() if r != rank},
+                       alpha_pattern={name: a for name, a in alphas.items() if a != alpha}, target_modules=sorted(map(public, layers) if others else leaves),
+                       fan_in_fan_out=False, use_rslora=False)
     os.makedirs(folder, exist_ok=True)
+    state = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in state.items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt", "form": form})))
     write_atomic(os.path.join(folder, "adapter_config.json"), lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
 def load_adapter(model, folder):
-    """Put a LoRA in peft's folder format (ours or peft's own) on a model that has none. -> number of layers. It is a plain LoRA afterwards.
+    """Put a LoRA in peft's folder format (ours or peft's own), or BitFit's offsets, on a model that has none. -> number of layers. A LoRA is a plain one afterwards.
 
-    Raises ValueError: not a LoRA, a variant that is more than s B A, layers missing or unknown, shapes that do not fit.
+    Raises ValueError: another method, a variant that is more than s B A, layers missing or unknown, shapes that do not fit.
     """
     path = os.path.join(folder, "adapter_config.json")
     if not os.path.exists(path):
         raise ValueError(f"{folder}: no adapter_config.json; expected a folder in peft's format")
     with open(path) as f:
         config = json.load(f)
-    extra = [k for k in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
+    extra = [k for k in ("use_dora", "fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
     if str(config.get("init_lora_weights")).split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
         raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights that initialisation changed; "
                          "convert it in peft (save_pretrained with path_initial_model_for_weight_conversion)")
-    if config.get("peft_type") != "LORA" or extra:
-        raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; only plain LoRA can be loaded")
+    if config.get("peft_type") not in ("LORA", "BITFIT") or extra:
+        raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; plain LoRA (and this project's BitFit) can be loaded")
     if adapted_layers(model):
         raise ValueError("load_adapter: this model already has an adapter: merge it first, or load the model anew")
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
         state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
     public = getattr(model, "checkpoint_name", lambda name: name)
-    ours = {public(name): name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in getattr(model, "not_adapted", ())}
-    layers = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state)
-    wrong = [n for n in layers if n not in ours] + [k for n in layers for k in (f"{n}.lora_A.weight", f"{n}.lora_B.weight") if k not in state]
-    if wrong or len(state) != 2 * len(layers):
+    head = {public(f"{name}.{leaf}"): p for name, module in whole(model).items() for leaf, p in module.state_dict(keep_vars=True).items()}
+    for name in head.keys() & state.keys():
+        if state[name].shape != head[name].shape:
+            raise ValueError(f"{folder}: {name} has shape {list(state[name].shape)}, the model's is {list(head[name].shape)}; another number of classes?")
+        head[name].data = state.pop(name).to(head[name])
+    bitfit = config["peft_type"] == "BITFIT"
+    leaves = ("bias_offset",) if bitfit else ("lora_A.weight", "lora_B.weight")
+    ours = {public(name): name for name in adaptable(model, bitfit)}
+    layers = dict.fromkeys(re.sub(r"\.(lora_[AB]\.weight|bias_offset)$", "", key) for key in state)
+    wrong = [n for n in layers if n not in ours] + [k for n in layers for k in (f"{n}.{leaf}" for leaf in leaves) if k not in state]
+    if wrong or len(state) != len(leaves) * len(layers):
         raise ValueError(f"{folder}: no place for, or no counterpart to, {', '.join(wrong[:5]) or 'some tensors'}; is it an adapter of this model?")
     model.requires_grad_(False)
     for name in layers:
-        A, B, linear = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"], model.get_submodule(ours[name])
-        if (B.shape[0], A.shape[1]) != tuple(linear.weight.shape):
-            raise ValueError(f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(linear.weight.shape)}")
-        r = A.shape[0]
-        alpha = next((a for pattern, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), config["lora_alpha"])
-        layer = LowRank(linear, A.to(linear.weight.device), None, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-        layer.B.data = B.float().to(linear.weight.device)
-        replace(model, ours[name], layer)
+        replace(model, ours[name], loaded_layer(model.get_submodule(ours[name]), name, config, folder, *(state[f"{name}.{leaf}"] for leaf in leaves)))
     return len(layers)
+
+
+def loaded_layer(module, name, config, folder, first, B=None):
+    """The adapted layer that saved tensors make of a plain one: Δb, or A and B."""
+    if B is None:
+        layer = BiasOffset(module)
+        if first.shape != layer.offset.shape:
+            raise ValueError(f"{folder}: {name} has bias_offset {list(first.shape)}, the layer's bias is {list(layer.offset.shape)}")
+        layer.offset.data = first.to(layer.offset)
+        return layer
+    A, r = first, first.shape[0]
+    if (B.shape[0], A.shape[1]) != tuple(module.weight.shape):
+        raise ValueError(f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(module.weight.shape)}")
+    alpha = next((a for pattern, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), config["lora_alpha"])
+    layer = LowRank(module, A.to(module.weight.device), None, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    layer.B.data = B.float().to(module.weight.device)
+    return layer

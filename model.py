@@ -347,7 +347,7 @@ class Transformer(Stack):
     the matrix products where that is not the weights' own (full tuning keeps fp32 weights).
     """
     source, weights_hash, autocast, label_ids = "random", "", None, None
-    not_adapted = ("lm_head", "classifier.dense", "classifier.out")              # a language model's objective reads the head's weight; a new head trains whole
+    not_adapted, trained_whole = ("lm_head",), ("classifier",)                   # the objective reads the one's weight itself; the other is new
 
     def __init__(self, config, n_classes=0):
         super().__init__(config, cross=config.two_stacks)
@@ -420,6 +420,7 @@ class Transformer(Stack):
 
     def compile_blocks(self):
         """torch.compile of every block in place (names stay); the first batch of a new kind takes about a minute."""
+        torch._dynamo.config.recompile_limit = 64                                # training, teacher and evaluation each are kinds of their own
         for stack in [self] + [self.encoder] * (self.encoder is not None):
             for layer in stack.layers:
                 layer.compile()

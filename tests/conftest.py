@@ -27,8 +27,8 @@ def randomise(net, seed=0):
     """Every parameter away from its default, so that no mistake hides behind ones and zeros (ARCHITECTURES 2)."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in net.parameters():
-            scale, shift = (1.2 / p.shape[-1] ** 0.5, 0.0) if p.dim() > 1 else (0.3, 1.0)
+        for name, p in net.named_parameters():
+            scale, shift = (1.2 / p.shape[-1] ** 0.5, 0.0) if p.dim() > 1 else (0.3, float(name.endswith("weight")))
             p.copy_(torch.randn(p.shape, generator=rng) * scale + shift)
     return net.eval()
 
@@ -37,6 +37,15 @@ def randomise(net, seed=0):
 def small():
     """A factory of small random LLaMA networks."""
     return lambda seed=0, dtype=torch.float32, **changes: randomise(model.Transformer(small_config(**changes)), seed).to(dtype)
+
+
+def encoder(family="deberta", n_classes=3, seed=0, dropout=0.0):
+    """A small random classifier: an encoder with its published head, or T5 with three label words."""
+    config = model.t5_config(211, 48, 2, 4, 12, 80, dropout=dropout) if family == "t5" else \
+        model.encoder_config(family, 211, 48, 2, 4, 80, max_len=64, buckets=8, pad=1 if family == "roberta" else 0, dropout=dropout)
+    net = randomise(model.Transformer(config, n_classes), seed)
+    net.label_ids = [5, 6, 7][:n_classes]
+    return net
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ from torch import nn
 
 import balora
 import model
+from conftest import encoder
 
 IDS = torch.randint(2, 211, (3, 40), generator=torch.Generator().manual_seed(5))
-LOWRANK = [name for name, m in balora.METHODS.items() if m.layer]
+LOWRANK = [name for name, m in balora.METHODS.items() if m.init]
 
 
 def train(net, steps, lr=1e-2):
@@ -200,7 +201,7 @@ def test_published_counts():
 
 
 def test_every_trainable_tensor_moves(small):
-    for method in balora.METHODS:
+    for method in balora.METHODS.keys() - {"bitfit"}:                             # LLaMA has no biases
         net = small()
         balora.attach(net, method, r=4)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -348,7 +349,7 @@ def test_residual_form_adapters_and_heads_are_refused(small, tmp_path):
 def test_full_tuning_has_no_adapter_to_save(small, tmp_path):
     net = small()
     balora.attach(net, "full")
-    with pytest.raises(ValueError, match="no low-rank adapter"):
+    with pytest.raises(ValueError, match="no adapter"):
         balora.save_adapter(net, tmp_path)
 
 
@@ -507,6 +508,152 @@ def test_through_a_network(small):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+# NLU: regularizers and objective
+
+def test_cr_nlu_by_hand():
+    Z_P, Z_F = torch.tensor([[0.0, 2 * math.log(3)], [1.0, 1.0]]), torch.zeros(2, 2)
+    want = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2
+    assert abs(balora.cr_nlu(Z_P, Z_F, T=2.0).item() - want) < 1e-6 and balora.cr_nlu(Z_P, Z_P, T=2.0) == 0
+
+
+def test_dr_nlu_by_hand():
+    Z = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])                          # centred (∓1, ∓2, 0); C = [[2, 4, 0], [4, 8, 0], 0]
+    assert abs(balora.dr_nlu(Z).item() - 2 * 16 / 3) < 1e-6
+    assert abs(balora.dr_nlu(Z + torch.tensor([5.0, -1.0, 9.0])).item() - 32 / 3) < 1e-5
+    C = torch.from_numpy(__import__("numpy").cov(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).numpy().T))
+    Z = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    assert abs(balora.dr_nlu(Z) - ((C**2).sum() - (C.diag() ** 2).sum()) / 4) < 1e-5
+
+
+def test_svdr_nlu_by_hand():
+    Z = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    assert abs(balora.svdr_nlu(Z, 1).item() + 4 / 7) < 1e-6 and balora.svdr_nlu(Z, 2) == -1 and balora.svdr_nlu(Z, 5) == -1
+
+
+def test_nlu_regularizers_against_finite_differences():
+    rng = torch.Generator().manual_seed(0)
+    Z_P, Z_F = (torch.randn(6, 4, generator=rng, dtype=torch.float64) for _ in range(2))
+    Z_F.requires_grad_(True)
+    for f in (lambda Z: balora.cr_nlu(Z_P, Z, 2.0), balora.dr_nlu, lambda Z: balora.svdr_nlu(Z, 2)):
+        assert torch.autograd.gradcheck(f, Z_F)
+    constant, = torch.autograd.grad(balora.svdr_nlu(Z_F, 4), Z_F)
+    assert constant.abs().max() < 1e-15                                           # k ≥ min(N, D): the poster's term is the constant -1
+
+
+def test_which_nlu_terms_can_act():
+    assert balora.idle_terms(32, 3, 5) == {} and balora.idle_terms(32, 2, 5) == {}
+    assert balora.idle_terms(32, 1, 5).keys() == {"cr", "dr", "svdr"} and balora.idle_terms(1, 3, 5).keys() == {"dr", "svdr"}
+    for n, D in ((8, 3), (8, 2), (1, 3), (8, 1)):                                 # the objective says the same through its gradients
+        Z = torch.randn(n, D, generator=torch.Generator().manual_seed(n), dtype=torch.float64).float().requires_grad_(True)
+        y = torch.zeros(n, dtype=torch.long) if D > 1 else torch.ones(n)
+        for name, lambdas in (("cr", (1, 0, 0)), ("dr", (0, 1, 0)), ("svdr", (0, 0, 1))):
+            total, terms = balora.loss_nlu(Z, y, torch.randn(n, D), lambdas)
+            moved, = torch.autograd.grad(total - balora.loss_nlu(Z, y, lambdas=(0, 0, 0))[0], Z)
+            assert (name in terms) == (name not in balora.idle_terms(n, D, 5)) == bool(moved.abs().max() > 1e-6), (n, D, name)
+
+
+def test_loss_nlu_is_the_weighted_sum_and_micro_batches_add_up():
+    rng = torch.Generator().manual_seed(3)
+    Z_P, Z_F, y = torch.randn(8, 3, generator=rng), torch.randn(8, 3, generator=rng), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    total, terms = balora.loss_nlu(Z_F, y, Z_P, (0.15, 0.03, 0.04))
+    want = F.cross_entropy(Z_F, y) + 0.15 * balora.cr_nlu(Z_P, Z_F, 2.0) + 0.03 * balora.dr_nlu(Z_F) + 0.04 * balora.svdr_nlu(Z_F, 2)   # k = min(5, min(8, 3) - 1)
+    torch.testing.assert_close(total, want)
+    assert terms.keys() == {"task", "cr", "dr", "svdr"}
+    parts = [balora.loss_nlu(Z_F[p], y[p], Z_P[p], (0.15, 0, 0), N=8)[0] for p in (slice(0, 3), slice(3, 8))]
+    torch.testing.assert_close(sum(parts), balora.loss_nlu(Z_F, y, Z_P, (0.15, 0, 0))[0])
+    halves = [balora.loss_nlu(Z_F[p], y[p], None, (0, 1, 1), N=8, share=0.5)[1] for p in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(sum(h["dr"] for h in halves), (balora.dr_nlu(Z_F[:4]) + balora.dr_nlu(Z_F[4:])) / 2)
+    score = torch.randn(8, generator=rng)
+    torch.testing.assert_close(balora.loss_nlu(Z_F[:, :1], score, Z_P[:, :1])[0], ((Z_F[:, 0] - score) ** 2).mean())     # STS-B: the terms vanish
+    with pytest.raises(ValueError, match="teacher"):
+        balora.loss_nlu(Z_F, y)
+
+
+def test_features_give_dr_and_svdr_something_to_act_on():
+    rng = torch.Generator().manual_seed(3)
+    Z_F, y, G = torch.randn(8, 1, generator=rng), torch.randn(8, generator=rng), torch.randn(8, 30, generator=rng)
+    total, terms = balora.loss_nlu(Z_F, y, torch.randn(8, 1), (0.1, 0.2, 0.3), G=G)
+    assert terms.keys() == {"task", "dr", "svdr"}
+    torch.testing.assert_close(total, F.mse_loss(Z_F[:, 0], y) + 0.2 * balora.dr_nlu(G) + 0.3 * balora.svdr_nlu(G, 5))
+
+
+# encoders: heads and BitFit
+
+CLASSES = torch.tensor([0, 2, 1])
+
+
+def tune(net, steps=20):
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(IDS[:, :20]), CLASSES).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "t5"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "bitfit"])
+def test_step_0_and_teacher_of_encoders(family, method):
+    if (family, method) == ("t5", "bitfit"):
+        with pytest.raises(ValueError, match="any bias"):
+            balora.attach(encoder("t5"), "bitfit")
+        return
+    net = encoder(family)
+    with torch.no_grad():
+        base, h = net(IDS[:, :20]), net.hidden(IDS[:, :20])
+        report = balora.attach(net, method, r=4)
+        assert torch.equal(net(IDS[:, :20]), base)
+    assert report.head == (0 if family == "t5" else 48 * 48 + 48 + 48 * 3 + 3)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    tune(net)
+    for n, p in net.named_parameters():
+        if "k_proj.offset" in n and family != "deberta":
+            assert p.grad.abs().max() < 1e-6                                      # softmax cancels a key's bias, where positions do not read it too
+        else:
+            assert torch.equal(p, before[n]) != p.requires_grad, n
+    with balora.teacher(net):
+        assert torch.equal(net.hidden(IDS[:, :20]), h)                            # the head is another matter: it trains whole
+    tuned = net(IDS[:, :20])
+    assert balora.merge(net) and not balora.adapted_layers(net)
+    assert (net(IDS[:, :20]) - tuned).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("family, name", [("bert", "Bert"), ("roberta", "Roberta"), ("deberta", "DebertaV2")])
+@pytest.mark.parametrize("method", ["lora", "pissa", "bitfit"])
+def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
+    net = encoder(family)
+    net.save(tmp_path / "base")
+    balora.attach(net, method, r=4)
+    tune(net)
+    balora.save_adapter(net, tmp_path / "adapter")
+    with torch.no_grad():
+        want = net(IDS[:, :20])
+        again = encoder(family)
+        balora.load_adapter(again, tmp_path / "adapter")
+        assert (again(IDS[:, :20]) - want).abs().max() < 1e-4
+        with pytest.raises(ValueError, match="another number of classes"):
+            balora.load_adapter(encoder(family, n_classes=2), tmp_path / "adapter")
+        if method != "bitfit":
+            peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+            base = getattr(hf, name + "ForSequenceClassification").from_pretrained(tmp_path / "base", dtype=torch.float32)
+            theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            ids = IDS[:, :20].masked_fill(IDS[:, :20] == net.config.pad, 9)
+            assert (theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits - net(ids)).abs().max() < 1e-4
+
+
+def test_published_counts_of_deberta():
+    """METHODS 4: r = 8 on the 72 linears, BitFit's backbone biases; the head (pooler and classifier) apart."""
+    counts = {}
+    for method in ("lora", "pissa", "balora", "bitfit"):
+        with torch.device("meta"):
+            net = model.Transformer(model.PUBLISHED["deberta-v3-base"], 2)
+        report = balora.attach(net, method, r=8)
+        assert report.head == 592_130 and report.total == 184_423_682
+        counts[method] = report.trainable - report.head
+        if method == "lora":
+            assert sum(map(len, report.matched.values())) == 72 and "1,327,104 by the method, 592,130 in the head" in str(report)
+    assert counts == {"lora": 1_327_104, "pissa": 1_327_104, "balora": 1_327_104, "bitfit": 102_912}
+
+
 # schedules
 
 def test_schedules():
@@ -519,3 +666,5 @@ def test_schedules():
     assert 0 < lr[0] < lr[5] < lr[9] < 1 and lr[10] == 1 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in zip(lr[10:], lr[11:]))
     assert balora.lr_schedule(0, 10, 0.0) == 1
+    line = [balora.lr_schedule(i, 100, 0.2, linear=True) for i in range(101)]
+    assert line[20] == 1 and line[60] == pytest.approx(0.5) and line[100] == 0 and line[:20] == [balora.lr_schedule(i, 100, 0.2) for i in range(20)]
