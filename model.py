@@ -523,7 +523,7 @@ class Bytes:
 class Paired:
     """The form in which an encoder reads one text or two. pad, cls, sep, mask: ids, None where the family has none."""
     pad = cls = sep = mask = None
-    between = 1                       # separators between the two texts
+    between = 1                       # separators between the two texts (RoBERTa: 2)
 
     def pair(self, a, b=None, max_len=0):
         """-> ids: bos A eos; of two texts cls A sep B sep (RoBERTa: cls A sep sep B sep).
@@ -599,7 +599,9 @@ class BPE(Paired):
         first = {"type": "Digits", "individual_digits": True} if self.split == DIGIT_SPLIT else \
             {"type": "Split", "pattern": {"Regex": self.split}, "behavior": "Isolated", "invert": False}
         by_id = {i: t for t, i in self.vocab.items()}
-        record = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": level,
+        frame = None if self.cls is None else {"type": "RobertaProcessing", "cls": ["<s>", self.cls], "sep": ["</s>", self.sep],
+                                               "trim_offsets": True, "add_prefix_space": False}
+        record = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": frame, "decoder": level,
                   "added_tokens": [{"id": i, "content": by_id[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                                    for i in sorted(self.special)],
                   "pre_tokenizer": level if self.split == GPT2_SPLIT else {"type": "Sequence", "pretokenizers": [first, level]},
@@ -608,7 +610,7 @@ class BPE(Paired):
         with open(os.path.join(folder, "tokenizer.json"), "w") as f:
             json.dump(record, f, ensure_ascii=False)
         with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-            json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
+            json.dump({"tokenizer_class": "RobertaTokenizer" if frame else "PreTrainedTokenizerFast", "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
 
 
 class SentencePiece(Paired):
