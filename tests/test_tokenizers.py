@@ -255,7 +255,7 @@ def test_known_ids_and_special_ids(encoder):
     for family, (text, ids) in known.items():
         tok, ref = encoder(family)
         assert tok.pair(text) == ids and tok.encode(text) == [i for i in ids if i not in (tok.cls, tok.sep, tok.eos)]
-        assert (tok.pad, tok.cls, tok.sep) == (ref.pad_token_id, ref.cls_token_id if family != "t5" else None, ref.sep_token_id if family != "t5" else None)
+        assert tok.pad == ref.pad_token_id and (tok.cls, tok.sep) == ((None, None) if family == "t5" else (ref.cls_token_id, ref.sep_token_id))
         assert tok.mask == {"bert": 103, "roberta": 50264, "deberta": 128000, "t5": None}[family]
         if family != "t5":
             assert tok.pair("a b", "c") == ref("a b", "c").input_ids and tok.mask == ref.mask_token_id
@@ -369,7 +369,8 @@ def test_saved_encoder_tokenizers_read_again(encoder, family, tmp_path):
         assert [again.pair(t, "b") for t in texts] == [tok.pair(t, "b") for t in texts] and again.special >= {0, 1, 2, 3, 50264}
 
 
-@pytest.mark.parametrize("family, word", [("bert", "vocab.txt"), ("roberta", "merges.txt"), ("deberta", "spm.model"), ("t5", "spiece.model"), ("llama", "tokenizer.model")])
+@pytest.mark.parametrize("family, word", [("bert", "vocab.txt"), ("roberta", "merges.txt"), ("deberta", "spm.model"), ("t5", "spiece.model"),
+                                          ("llama", "tokenizer.model")])
 def test_missing_files_are_named(family, word, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=word) as e:
