@@ -922,7 +922,8 @@ class BPE(Paired):
         with open(os.path.join(folder, "tokenizer.json"), "w") as f:
             json.dump(record, f, ensure_ascii=False)
         with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-            json.dump({"tokenizer_class": "RobertaTokenizer" if frame else "PreTrainedTokenizerFast", "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
+            json.dump({"tokenizer_class": "RobertaTokenizer" if frame else "PreTrainedTokenizerFast",
+                       "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
 
 
 class SentencePiece(Paired):
