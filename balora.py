@@ -420,7 +420,7 @@ def range_basis(Z, q, niter, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # The objectives
 
-def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N=None, share=1.0):
+def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N=None, share=1.0, label_smoothing=0.0):
     """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLU").
 
     Z_F [n, D]: class logits, y [n]: class ids (cross-entropy), or scores with D = 1 (squared error). Z_P [n, D]: the teacher's logits. G [n, d]: what
@@ -436,7 +436,7 @@ def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N
     Z_F, part = Z_F.float(), len(y) / (N or len(y))
     G = Z_F if G is None else G.float()
     idle = idle_terms(len(G), Z_F.shape[1], k).keys() & {"cr"} | idle_terms(*G.shape, k).keys() - {"cr"}
-    terms = {"task": part * (F.cross_entropy(Z_F, y) if not y.is_floating_point() else F.mse_loss(Z_F[:, 0], y))}
+    terms = {"task": part * (F.mse_loss(Z_F[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z_F, y, label_smoothing=label_smoothing))}
     if l1 and "cr" not in idle:
         terms["cr"] = part * cr_nlu(Z_P, Z_F, T)
     if l2 and "dr" not in idle:

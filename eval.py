@@ -4,6 +4,7 @@
     python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
     python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
+    python eval.py features out/a out/b --out=features.png             # classifiers: last-layer features under t-SNE
     python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
     python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
 
@@ -32,6 +33,7 @@ import types
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -46,8 +48,8 @@ import model
 def parse(cls, argv, presets=None, by=None, only=None, positional=None):
     """Command line -> an instance of the settings dataclass `cls`.
 
-    --name=value and --name value; a bool is --name, --name=false or --no-name. presets[value of field `by`] replaces defaults,
-    the command line wins. only: the fields that this command reads. positional: the field that takes words without a name.
+    --name=value and --name value; a bool is --name, --name=false or --no-name. presets[value of field `by`] replaces defaults (of several fields: in
+    their order), the command line wins. only: the fields that this command reads. positional: the field that takes words without a name.
     Raises ValueError with the nearest name for an unknown option, and with the expected type for a wrong value.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if only is None or f.name in only}
@@ -67,8 +69,19 @@ def parse(cls, argv, presets=None, by=None, only=None, positional=None):
         name = unknown[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown option {unknown[0]}: {balora.nearest(name, fields)}--help lists them all")
     given = vars(given)
-    preset = (presets or {}).get(given.get(by, getattr(cls, by)), {}) if by else {}
+    preset = {}
+    for name in (by,) if isinstance(by, str) else by or ():
+        preset |= presets.get(given.get(name, preset.get(name, getattr(cls, name))), {})
     return cls(**{**preset, **given})
+
+
+def in_range(settings, rules):
+    """rules: (test, names of fields). A value that fails its test, or is not finite, is an error that quotes the field's note; None passes."""
+    for test, names in rules:
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not (test(value) and value < float("inf")):
+                raise ValueError(f"--{name}={value} is out of range: {notes(type(settings))[name]}")
 
 
 def notes(cls):
@@ -147,7 +160,7 @@ def write_json(path, record):
     balora.write_atomic(path, lambda f: f.write(json.dumps(record, indent=1, ensure_ascii=False).encode()))
 
 
-OURS = ("log.jsonl", "eval.json", "checkpoint.pt", "loss.png", "adapter", "model")
+OURS = ("log.jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png", "adapter", "model")
 
 
 def check_run(settings):
@@ -171,8 +184,8 @@ def check_run(settings):
     return old if settings.resume else None
 
 
-def open_run(settings, net, device, base):
-    """Make settings.out_dir and its config.json, once everything else about the run has been checked. -> the checkpoint to go on from, or None."""
+def open_run(settings, net, device, base, **more):
+    """Make settings.out_dir and its config.json (`more` goes in too), once everything else about the run has been checked. -> the checkpoint to go on from, or None."""
     out, old = settings.out_dir, check_run(settings)
     if old and old["weights_hash"] != net.weights_hash:
         raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
@@ -182,7 +195,7 @@ def open_run(settings, net, device, base):
     os.makedirs(out, exist_ok=True)
     write_json(os.path.join(out, "config.json"), dict(
         settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base, weights_hash=net.weights_hash,
-        device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv))
+        device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv, **more))
     start = load_checkpoint(out, net) if settings.resume else None
     if settings.resume and start is None:
         print(f"--resume: {out} has no checkpoint yet, starting at step 0")
@@ -233,8 +246,8 @@ def trained_state(net):
     return {name: t for name, t in net.state_dict().items() if name not in frozen}
 
 
-def save_checkpoint(out, step, net, optimizer):
-    state = dict(step=step, weights_hash=net.weights_hash, net=trained_state(net), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+def save_checkpoint(out, step, net, optimizer, **more):
+    state = dict(more, step=step, weights_hash=net.weights_hash, net=trained_state(net), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                  cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
     balora.write_atomic(os.path.join(out, "checkpoint.pt"), lambda f: torch.save(state, f))
 
@@ -274,6 +287,8 @@ def load_run(run, init, dtype, device):
     record = read_json(os.path.join(run, "config.json"))
     settings = record["settings"]
     whole = os.path.join(run, "model")
+    if "task" in settings:
+        raise ValueError(f"{run} is a classifier ({settings['task']}); this command is for language models, `python eval.py features` for those")
     net, tok = model.load(whole if os.path.isdir(whole) else record["base"], dtype=dtype, device=device)
     if not os.path.isdir(whole):
         if net.weights_hash != record["weights_hash"]:
@@ -293,6 +308,52 @@ def git_commit():
 
 def device_name(device):
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step of either loop: its checks, its record, its line
+
+def diverged(step, lr, settings):
+    kept = os.path.exists(os.path.join(settings.out_dir, "checkpoint.pt"))
+    return f"step {step}: the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})" + (", the last checkpoint is kept" if kept else "")
+
+
+def check_step(step, terms, norm, unmoved, named, lr, settings):
+    """Stop where the loss or the gradient norm is not finite, or where, after three steps, a tensor of the set `unmoved` has had no gradient yet."""
+    if not (abs(terms["task"]) < float("inf") and norm < float("inf")):
+        raise ValueError(diverged(step, lr, settings))
+    unmoved -= {name for name in unmoved if named[name].grad is not None and named[name].grad.any()}
+    if step == 2 and unmoved and settings.learning_rate:
+        raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
+
+
+def log_step(out, step, terms, lambdas, norm, lr, tokens_per_s, device):
+    """Append a step's record to log.jsonl: raw and weighted terms, weights, gradient norm, learning rate, speed, peak memory. -> the record."""
+    names = ("cr", "dr", "svdr")
+    weighted = {f"{name}_weighted": None if terms[name] is None else w * terms[name] for name, w in zip(names, lambdas)}
+    record = dict(step=step, **terms, **weighted, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)), grad_norm=norm, lr=lr,
+                  tokens_per_s=tokens_per_s, peak_GiB=peak_memory(device))
+    append(os.path.join(out, "log.jsonl"), record)
+    return record
+
+
+def progress_line(record, max_iters, seconds):
+    """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
+    terms = [f"task {record['task']:.4f}"]
+    for name in ("cr", "dr", "svdr"):
+        if record[name] is not None:
+            terms.append(f"{name} {record[name]:.4f} ({record[f'{name}_weighted']:.5f})")
+    left = (max_iters - record["step"]) * seconds
+    return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
+        f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
+
+
+def memory_table(report, tokens, parts):
+    """Print a dry run: what attach matched, tokens a step, and bytes by part in GiB."""
+    print(f"{report}\n{tokens}\nmemory, estimated (GiB)")
+    for name, size in [*parts.items(), ("together", sum(parts.values()))]:
+        if size:
+            print(f"  {name:<58}{size / 2**30:8.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,6 +670,45 @@ def plot_curves(runs, path):
     save_figure(fig, path)
 
 
+def read_features(run):
+    """features [n, d], y [n], predicted [n], label words of the features.npz that train_nlu.py left in a run folder."""
+    path = os.path.join(run, "features.npz")
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; expected the folder of a finished train_nlu.py run")
+    with np.load(path) as f:
+        if not len(f["labels"]):
+            raise ValueError(f"{run}: its task has scores, not classes; nothing to tell apart")
+        return f["features"], f["y"], f["Z"].argmax(1), f["labels"].tolist()
+
+
+def separation(X, y):
+    """How apart the classes of features X [n, d] lie: the silhouette score, and each class's recall under a linear probe (5-fold cross-validated)."""
+    from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
+    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=1000, class_weight="balanced"))
+    predicted = model_selection.cross_val_predict(probe, X, y, cv=model_selection.StratifiedKFold(5, shuffle=True, random_state=0))
+    return float(metrics.silhouette_score(X, y)), metrics.recall_score(y, predicted, average=None).tolist()
+
+
+def plot_features(runs, path, per_class=300):
+    """t-SNE of each run's features coloured by class, a panel a run (the poster's (a)-(f)); at most per_class points of a class are drawn."""
+    from sklearn.manifold import TSNE
+    plt = pyplot()
+    columns = min(3, len(runs))
+    fig, axes = plt.subplots(-(-len(runs) // columns), columns, figsize=(3.4 * columns, 3.2 * -(-len(runs) // columns)), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(runs):]:
+        ax.axis("off")
+    for letter, run, ax in zip("abcdefghijklmnopqrstuvwxyz", runs, axes.flat):
+        X, y, _, labels = read_features(run)
+        drawn = np.concatenate([np.flatnonzero(y == c)[:per_class] for c in range(len(labels))])
+        points = TSNE(init="pca", perplexity=min(30, len(drawn) // 4), random_state=0).fit_transform(X[drawn])
+        for c, (word, colour) in enumerate(zip(labels, COLOURS)):
+            ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
+        ax.set(xticks=[], yticks=[], title=f"({letter}) {os.path.basename(os.path.normpath(run))}")
+        ax.title.set_fontsize(8)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
+    save_figure(fig, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: one JSON line an item, written as it comes, so a stopped command goes on where it was
 
@@ -713,6 +813,27 @@ def curves(o):
         raise ValueError(f"no log.jsonl in {', '.join(missing)}")
     path = o.out or "curves.png"
     plot_curves(o.runs, path)
+    print(f"{len(o.runs)} runs -> {path}")
+
+
+def features(o):
+    """Last-layer features of dev rows under t-SNE, one panel a classifier's run, with numbers that say how apart the classes lie."""
+    if not o.runs:
+        raise ValueError("features needs run folders of train_nlu.py: python eval.py features out/a out/b --out=features.png")
+    read = {run: read_features(run) for run in o.runs}
+    for run, (X, y, *_) in read.items():
+        if min(np.bincount(y)) < 5:
+            raise ValueError(f"{run}: a class with fewer than 5 dev rows ({np.bincount(y).tolist()}); too few for a probe in 5 folds")
+    width = max(len(os.path.basename(os.path.normpath(run))) for run in o.runs) + 2
+    words = next(iter(read.values()))[3]
+    print(f"{'':<{width}}{'rows':>6}{'silhouette':>12}   linear probe: " + "  ".join(words) + "   the run's own head: " + "  ".join(words))
+    for run, (X, y, predicted, labels) in read.items():
+        silhouette, probe = separation(X, y)
+        own = [float((predicted[y == c] == c).mean()) for c in range(len(labels))]
+        cells = ["  ".join(f"{v:>{len(w)}.3f}" for v, w in zip(values, labels)) for values in (probe, own)]
+        print(f"{os.path.basename(os.path.normpath(run)):<{width}}{len(y):>6}{silhouette:>12.4f}{'':>17}{cells[0]}{'':>23}{cells[1]}")
+    path = o.out or "features.png"
+    plot_features(o.runs, path)
     print(f"{len(o.runs)} runs -> {path}")
 
 
@@ -951,7 +1072,7 @@ class Options:
     """python eval.py COMMAND, with the options that this command reads."""
     run: str = ""                     # run folder of a tuned model
     init: str = ""                    # an untuned model: name, folder or .gguf file
-    runs: tuple = ()                  # run folders, each a line of the figure
+    runs: tuple = ()                  # run folders, each a line or a panel of the figure
     data: str = "openai/gsm8k:test"   # .json .jsonl .parquet .csv file or hub name[:split]
     prompt_field: str = ""            # name of the instruction's field; empty: the run's, or recognised
     response_field: str = ""          # name of the response's field; empty: the run's, or recognised
@@ -982,6 +1103,7 @@ COMMANDS = {                          # name: (function, the options it reads)
     "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
+    "features": (features, "runs out"),
     "bench": (bench, "init rows length steps r only device compile"),
     "bench-init": (bench_init, "init steps r"),
     "precision": (precision, "init steps r out"),

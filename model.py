@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -396,7 +397,7 @@ class Transformer(Stack):
             return self.decode(ids.new_full((len(ids), 1), self.config.bos) if target is None else target, cache, memory, mask)
 
     def casting(self, ids):
-        return torch.autocast(ids.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        return torch.autocast(ids.device.type, self.autocast) if self.autocast else nullcontext()
 
     def embedded(self, ids, mask=None):
         """Token embeddings [B, L, d], with what the family adds to them."""
@@ -1131,7 +1132,7 @@ def load(init, dtype=None, device="cpu", seed=0, say=print, task="lm", n_classes
     else:
         config = read_config(path)
         tok, form = folder_tokenizer(path, config), config.family
-        config.sep = getattr(tok, "sep", config.sep)
+        config.sep = getattr(tok, "sep", None) or config.sep
         items = (item for file in weight_files(path) for item in tensors(file, dtype))
     if task == "classify" and (config.family == "llama" or n_classes < 1):
         raise ValueError(f"{init}: a classifier needs an encoder or T5 ({config.family} here) and at least one class ({n_classes} here)")

@@ -105,13 +105,10 @@ def check(s):
             setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
-    for test, names in ((lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new"),
-                        (lambda v: v > 0, "alpha T epochs"),
-                        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval"),
-                        (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")):
-        for name in names.split():
-            if not (test(getattr(s, name)) and getattr(s, name) < float("inf")):
-                raise ValueError(f"--{name}={getattr(s, name)} is out of range: {eval.notes(Settings)[name]}")
+    eval.in_range(s, (
+        (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new"), (lambda v: v > 0, "alpha T epochs"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval"),
+        (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")))
     if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
 
@@ -218,10 +215,7 @@ def dry_run(s):
         f"activations, {s.micro_batch} x {s.max_len} tokens": tokens * width * (c.n_layers * c.d + block if s.checkpointing else c.n_layers * block),
         f"logits, {'all' if full else chunk} rows at a time": (tokens if full else min(chunk, tokens)) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
     }
-    print(f"{report}\ntokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}\nmemory, estimated (GiB)")
-    for name, size in [*parts.items(), ("together", sum(parts.values()))]:
-        if size:
-            print(f"  {name:<42}{size / 2**30:8.2f}")
+    eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", parts)
 
 
 def kept_values(c, rank, width):
@@ -244,6 +238,8 @@ def main(argv):
     full = balora.METHODS[s.method].layer is None
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
     net, tok = model.load(base, dtype=torch.float32 if full else dtype, device=device)      # a fully tuned model keeps fp32 weights
+    if net.config.family != "llama":
+        raise ValueError(f"--init={s.init} is a {net.config.family} model; this script tunes decoders of the LLaMA family, train_nlu.py the others")
     train, held_out = load_examples(s, tok)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
                            frozen_copy=s.lambda1 > 0, progress=True)
@@ -310,7 +306,7 @@ def main(argv):
             H_F = net.hidden(ids)[valid]                                         # [M of this micro-batch, d]
             H_F = F.linear(H_F, net.head) if full else H_F
             if not H_F.isfinite().all():
-                raise ValueError(diverged(step, lr, s))
+                raise ValueError(eval.diverged(step, lr, s))
             if m and not c:
                 H_P = H_F.detach()[:0]                                           # the teacher reads other micro-batches of this step
             total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile)
@@ -320,11 +316,7 @@ def main(argv):
 
         # update
         norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
-        if not (abs(terms["task"]) < float("inf") and norm < float("inf")):
-            raise ValueError(diverged(step, lr, s))
-        unmoved -= {name for name in unmoved if named[name].grad is not None and named[name].grad.any()}
-        if step == 2 and unmoved and s.learning_rate:
-            raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
+        eval.check_step(step, terms, norm, unmoved, named, lr, s)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -334,34 +326,15 @@ def main(argv):
         # record
         seconds, clock = time.time() - clock, time.time()
         tokens = sum(len(p) + len(a) for p, a in (train[i] for i in rows))
-        weighted = {f"{name}_weighted": None if terms[name] is None else w * terms[name] for name, w in zip(("cr", "dr", "svdr"), lambdas)}
-        record = dict(step=step, **terms, **weighted, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)), grad_norm=norm, lr=lr,
-                      tokens_per_s=tokens / seconds, peak_GiB=eval.peak_memory(device))
-        eval.append(os.path.join(s.out_dir, "log.jsonl"), record)
+        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, tokens / seconds, device)
         if step % s.log_interval == 0 or step == max_iters:
-            print(progress_line(record, max_iters, seconds), flush=True)
+            print(eval.progress_line(record, max_iters, seconds), flush=True)
         if step % s.eval_interval == 0 or step == max_iters:
             evaluate()
         if step % s.eval_interval == 0 or step == max_iters or (s.save_interval and step % s.save_interval == 0):
             eval.save_checkpoint(s.out_dir, step, net, optimizer)
             clock = time.time()
     finish(s, net, tok, full, held_out, max_iters)
-
-
-def diverged(step, lr, s):
-    kept = os.path.exists(os.path.join(s.out_dir, "checkpoint.pt"))
-    return f"step {step}: the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})" + (", the last checkpoint is kept" if kept else "")
-
-
-def progress_line(record, max_iters, seconds):
-    """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
-    terms = [f"task {record['task']:.4f}"]
-    for name in ("cr", "dr", "svdr"):
-        if record[name] is not None:
-            terms.append(f"{name} {record[name]:.4f} ({record[f'{name}_weighted']:.5f})")
-    left = (max_iters - record["step"]) * seconds
-    return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
-        f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
 
 
 def finish(s, net, tok, full, held_out, max_iters):

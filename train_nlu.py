@@ -1,15 +1,135 @@
-"""GLUE-style tuning with BA-LoRA or one of the methods it is compared with, on one device."""
+"""GLUE-style tuning with BA-LoRA or one of the methods it is compared with, on one device.
+
+    python train_nlu.py                                               # no download: pre-trains a tiny encoder, tunes it on an imbalanced task, a CPU will do
+    python train_nlu.py --init=minilm --task=rte --data=path/to/glue  # real weights and text, minutes on a laptop's CPU
+    python train_nlu.py --init=deberta-v3-base --task=mnli            # the poster's setting: one GPU
+
+Every setting is a line below and an option on the command line (--name=value, --help). A run writes config.json, log.jsonl, eval.json,
+checkpoint.pt, features.npz, adapter/ and loss.png to its folder; the same command with --resume goes on after an interruption, bit for bit.
+"""
+import dataclasses
 import json
 import math
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
 import balora
 import eval
 import model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class Settings:
+    """Classification and regression (NLU). Presets of --task and --init replace defaults, the command line wins."""
+    init: str = "tiny"                # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a Hugging Face folder of these families
+    task: str = "mnli"                # mnli, sst2, mrpc, cola, qnli, qqp, rte, stsb; world: what tiny knows about
+    method: str = "balora"            # full, bitfit, lora, pissa, balora
+    against: str = ""                 # comma-separated methods to run next with the same seed and data, for comparison
+    out_dir: str = ""                 # run folder; empty: out/INIT-TASK-METHOD-SEED
+    resume: bool = False              # go on with the run in out_dir
+    overwrite: bool = False           # replace the run in out_dir
+    dry_run: bool = False             # print layers, parameters and a memory estimate; load no weights
+    seed: int = 0                     # of everything random; for tiny it covers pre-training
+    # data
+    data: str = ""                    # folder of GLUE's files, or one training file; empty: nyu-mll/glue on the hub
+    eval_data: str = ""               # file to evaluate on; empty: the task's dev split, or a fixed tenth of train where there is none
+    max_rows: int = 0                 # train on N rows drawn by a fixed seed; 0: all
+    max_len: int = 128                # tokens of a row; a longer one loses the end of its longer text, and is counted
+    label_noise: float = 0.0          # share of training labels that are flipped, in [0, 1]
+    imbalance: str = ""               # ratio of the training classes, such as 100:10:1, in the printed order; empty: as they are
+    stratified: bool = False          # every batch holds the classes in proportion
+    # adapter
+    r: int = 8                        # rank, at least 1
+    alpha: float = 8                  # the bracket counts alpha / r, above 0
+    targets: str = ""                 # comma-separated layer names or patterns; empty: all linear layers of the blocks (bitfit: all biases)
+    niter: int = 10                   # rounds of the fast SVD; 0: exact
+    oversample: int = 8               # extra directions of the fast SVD
+    # objective
+    lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.15 with balora, 0 without
+    lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.03 with balora, 0 without
+    lambda3: float | None = None      # weight of L_SVDR, at least 0; None: 0.03 with balora, 0 without
+    T: float = 2.0                    # temperature of L_CR, above 0
+    k: int = 5                        # leading singular values of L_SVDR, at least 1
+    schedule: bool = True             # the paper's schedules of the three weights; false: constant
+    regularize: str = "logits"        # what L_DR and L_SVDR look at: logits (the poster) or features (pooled, where D is large)
+    probe: bool = False               # fit the new head with the encoder frozen first, so that the teacher's logits mean something
+    label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
+    # optimization
+    learning_rate: float | None = None    # peak; None: the task's, a twentieth of it for full
+    warmup: float = 0.06              # steps, or below 1 a share of them; then linear to 0
+    batch_size: int = 32              # rows an optimizer step
+    micro_batch: int = 0              # rows at a time; 0: batch_size. L_DR and L_SVDR are taken of one micro-batch
+    epochs: float = 3.0               # passes over the data
+    max_iters: int = 0                # optimizer steps; 0: what epochs gives
+    weight_decay: float = 0.0         # AdamW's, decoupled
+    grad_clip: float = 1.0            # largest gradient norm; 0: no clipping
+    dropout: float | None = None      # of the encoder, while training; None: the checkpoint's
+    cls_dropout: float | None = None  # of the head; None: as the encoder's
+    # machine
+    device: str = "auto"              # auto, cpu, cuda, mps
+    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
+    checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
+    fused: bool | None = None         # AdamW in one kernel; None: on CUDA
+    # evaluation and saving
+    eval_interval: int = 0            # optimizer steps between evaluations, each followed by a checkpoint; 0: an epoch
+    save_interval: int = 0            # optimizer steps between further checkpoints; 0: none
+    log_interval: int = 20            # optimizer steps between printed lines
+    # the tiny model's pre-training
+    pretrain_noise: float = 0.2       # share of its facts that are stated wrongly, in [0, 1]
+    pretrain_iters: int = 600         # optimizer steps
+
+
+PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBERTa-v3-base; the rest is the same for every model
+    "mnli": dict(epochs=7, max_len=256, warmup=1000, cls_dropout=0.15),
+    "sst2": dict(epochs=24, max_len=128, warmup=1000, cls_dropout=0.0, weight_decay=0.01),
+    "cola": dict(epochs=25, max_len=64, warmup=100, cls_dropout=0.10),
+    "qqp": dict(epochs=5, max_len=320, warmup=2000, cls_dropout=0.15, weight_decay=0.01),
+    "qnli": dict(epochs=5, max_len=512, warmup=500, cls_dropout=0.1, weight_decay=0.01),
+    "rte": dict(epochs=50, max_len=320, warmup=200, cls_dropout=0.2, weight_decay=0.01),
+    "mrpc": dict(epochs=30, max_len=320, warmup=0.1, cls_dropout=0.0, weight_decay=0.01),
+    "stsb": dict(epochs=25, max_len=128, warmup=100, cls_dropout=0.2, weight_decay=0.1),
+    "tiny": dict(task="world", against="pissa", imbalance="10:3:1"),
+}
+LEARNING_RATE = dict(mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=2e-3)      # the same source, for adapters
+SCALE = {"roberta-base": 0.5, "t5-base": 0.5}                                    # of those, for models that the scripts do not cover
+PAPER_LAMBDAS = (0.15, 0.03, 0.03)
+
+
+def check(s):
+    """Fill in what follows from other settings; refuse what makes no sense, by name."""
+    if s.method not in balora.METHODS:
+        raise ValueError(f"--method={s.method}: {balora.nearest(s.method, balora.METHODS)}known: {', '.join(balora.METHODS)}")
+    if s.task not in TASKS:
+        raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
+    if (s.task == "world") != (s.init == "tiny"):
+        raise ValueError(f"--init={s.init} --task={s.task}: tiny knows the words of its own world alone, and nobody else does; leave both out, or give both")
+    if s.regularize not in ("logits", "features"):
+        raise ValueError(f"--regularize={s.regularize}: expected logits or features")
+    for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
+        if getattr(s, name) is None:
+            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    if s.learning_rate is None:
+        s.learning_rate = LEARNING_RATE[s.task] * SCALE.get(s.init, 1.0) * (0.05 if s.method == "full" else 1.0)
+    s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.task}-{s.method}-{s.seed}")
+    s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
+    eval.in_range(s, (
+        (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval"), (lambda v: v > 0, "alpha T epochs"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval"),
+        (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"), (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout")))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
@@ -39,6 +159,7 @@ TASKS = {
                 headless=("id", "qid1", "qid2", "question1", "question2", "is_duplicate")),
     "rte": Task("RTE", TWO, (*TWO, "label"), ENTAILS, "rte sentence1: {a} sentence2: {b}"),
     "stsb": Task("STS-B", TWO, (*TWO, "score"), (), "", "combined"),
+    "world": Task("", (), (), ("entailment", "neutral", "contradiction"), ""),    # of the tiny model, further down
 }
 
 
@@ -280,3 +401,295 @@ def order_of(lengths, labels, batch_size, seed, epoch, stratified=False):
                 batches[j] += [((k + 0.5) / share[j], next(part)) for k in range(share[j])]
     rng.shuffle(batches)
     return [[i for _, i in sorted(batch)] for batch in batches]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From rows to batches
+
+def load_rows(s):
+    """-> {"train": rows, "dev": rows, ...}, the training rows as --max_rows, --imbalance and --label_noise leave them; says what they did."""
+    splits = world_rows(s.seed) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
+    labels, read = TASKS[s.task].labels, splits["train"]
+    if s.max_rows and s.max_rows < len(read):
+        read = [read[i] for i in sorted(random.Random("rows").sample(range(len(read)), s.max_rows))]
+        print(f"train: {len(read):,} rows drawn of {len(splits['train']):,}, the same for every seed")
+    kept = subsample(read, s.imbalance, labels, s.seed)[0] if s.imbalance else read
+    splits["train"] = flip_labels(kept, s.label_noise, len(labels), s.seed)[0] if s.label_noise else kept
+    if labels:
+        print(class_table(labels, read, kept, splits["train"]))
+    return splits
+
+
+def encode(rows, tok, s, family):
+    """rows -> list of (ids, label); a row over max_len loses the end of its longer text. Says how many did."""
+    examples, cut = [], 0
+    for a, b, label in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
+        texts = (TASKS[s.task].prompt.format(a=a, b=b), None) if family == "t5" else (a, b)
+        ids = tok.pair(*texts)
+        if len(ids) > s.max_len:
+            ids, cut = tok.pair(*texts, s.max_len), cut + 1
+        examples.append((ids, label))
+    if cut:
+        print(f"{cut:,} of {len(rows):,} rows cut to {s.max_len} tokens")
+    return examples
+
+
+def collate(examples, pad, device):
+    """-> ids [N, L] padded on the right, mask [N, L], y [N]."""
+    L = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([row + [pad] * (L - len(row)) for row, _ in examples])
+    mask = torch.tensor([[True] * len(row) + [False] * (L - len(row)) for row, _ in examples])
+    return ids.to(device), mask.to(device), torch.tensor([label for _, label in examples]).to(device)
+
+
+@torch.no_grad()
+def predict(net, examples, device, batch_size=64, desc="evaluate"):
+    """-> class logits Z [N, D] and features [N, d], fp32 on the CPU, in the order of `examples`: eval mode, batches sorted by length."""
+    was_training, Z, features = net.training, None, None
+    net.eval()
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
+    for rows in tqdm([order[i:i + batch_size] for i in range(0, len(order), batch_size)], desc=desc, unit="batch", leave=False, disable=None):
+        ids, mask, _ = collate([examples[i] for i in rows], net.config.pad, device)
+        z, f = (t.float().cpu() for t in net.classify(ids, mask))
+        if Z is None:
+            Z, features = torch.empty(len(examples), z.shape[1]), torch.empty(len(examples), f.shape[1])
+        Z[rows], features[rows] = z, f
+    net.train(was_training)
+    return Z, features
+
+
+def task_loss(Z, y, smoothing=0.0):
+    return F.mse_loss(Z[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z, y, label_smoothing=smoothing)
+
+
+def fit_head(net, examples, device, seed, steps=300, batch_size=64):
+    """--probe: the new head on the frozen encoder's states, which are computed once. AdamW, lr 1e-3."""
+    states, rng, was_training = [], random.Random(f"probe {seed}"), net.training
+    net.eval()
+    with torch.no_grad():
+        for start in tqdm(range(0, len(examples), batch_size), desc="probe: states", unit="batch", leave=False, disable=None):
+            ids, mask, _ = collate(examples[start:start + batch_size], net.config.pad, device)
+            states.append(net.hidden(ids, mask)[:, 0])
+    states, y = torch.cat(states), torch.tensor([label for _, label in examples]).to(device)
+    optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(steps):
+        rows = torch.tensor(rng.sample(range(len(y)), min(batch_size, len(y))), device=device)
+        loss = task_loss(net.classifier(states[rows])[0], y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    net.train(was_training)
+    print(f"probe: head fitted in {steps} steps on the frozen encoder, loss of the last batch {loss.item():.4f}")
+
+
+def mute(name, family):
+    """Tensors that get no gradient by nature: softmax cancels a key's bias (DeBERTa's positions read it too); T5's decoder sees one token, so nothing to weigh."""
+    key_bias = family in ("bert", "roberta") and name.endswith(("k_proj.bias", "k_proj.offset"))
+    return key_bias or family == "t5" and (name == "rel.weight" or name.startswith("layers.") and any(f".attn.{p}_proj." in name for p in "qk"))
+
+
+def set_dropout(net, dropout, cls_dropout):
+    for name, m in net.named_modules():
+        p = cls_dropout if name.startswith("classifier") and cls_dropout is not None else dropout
+        if p is not None and isinstance(m, torch.nn.Dropout):
+            m.p = p
+        if p is not None and isinstance(m, model.Attention):
+            m.dropout = p
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dry run
+
+def dry_run(s):
+    """What a run would train and need, from sizes alone: the network is built, and one step taken, on the meta device."""
+    name = "tiny-encoder" if s.init == "tiny" else s.init
+    c, device, labels = model.config_of(name), eval.pick_device(s.device), TASKS[s.task].labels
+    with torch.device("meta"):
+        net = model.Transformer(c, len(labels) or 1)
+    net.label_ids = list(range(len(labels)))
+    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
+    dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
+    kept = {}
+    keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t) if not isinstance(t, torch.nn.Parameter) else t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long, device="meta")
+        total = net(ids, torch.ones_like(ids, dtype=torch.bool)).sum()           # holds the graph while we count
+    activations = sum(t.untyped_storage().nbytes() for t in kept.values()) * dtype.itemsize / 4
+    eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", {
+        "weights": report.total * (4 if full else dtype.itemsize),
+        "trained parameters and their gradients": report.trainable * (4 if full else 8),
+        "AdamW's two moments": report.trainable * 8,
+        f"activations, {s.micro_batch} x {s.max_len} tokens, attention scores included": activations * bool(total.requires_grad)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+def main(argv):
+    s = eval.parse(Settings, argv, PRESETS, by=("init", "task"))
+    runs = [s] + [dataclasses.replace(s, method=m, out_dir=f"{s.out_dir}-{m}" if s.out_dir else "") for m in s.against.split(",") if m]
+    for each in runs:
+        each.against = ""
+        check(each)
+        if s.dry_run:
+            dry_run(each)
+        else:
+            eval.check_run(each)
+    if s.dry_run:
+        return
+    results = {}
+    for each in runs:
+        print(f"\n{each.method}, seed {each.seed} -> {each.out_dir}")
+        results[each.method] = train(each)
+    compare(results)
+
+
+def train(s):
+    """One run. -> its evaluations, the first of them before step 1."""
+    device, task = eval.pick_device(s.device), TASKS[s.task]
+    torch.manual_seed(s.seed)                                                    # dropout's
+    dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
+    base = pretrain_world(s.seed, s.pretrain_noise, s.pretrain_iters, device) if s.init == "tiny" else s.init
+    family = model.config_of(base).family
+    if family == "t5" and not task.labels:
+        raise ValueError(f"--init={s.init} --task={s.task}: T5 answers with a label word, and {s.task} has scores; choose an encoder")
+    if s.probe and family == "t5":
+        raise ValueError(f"--probe: {s.init} answers in words, it has no new head to fit")
+    net, tok = model.load(base, torch.float32 if full else dtype, device, s.seed, task="classify", n_classes=len(task.labels) or 1, labels=task.labels)
+    print(f"{s.task}: " + (f"classes {', '.join(f'{i} {word}' for i, word in enumerate(task.labels))}" if task.labels else "a score from 0 to 5"))
+    splits = {name: encode(rows, tok, s, family) for name, rows in load_rows(s).items()}
+    examples = splits.pop("train")
+    set_dropout(net, s.dropout, s.cls_dropout)
+    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample)
+    print(report)
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
+    start = eval.open_run(s, net, device, base, labels=task.labels)
+    net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
+
+    # the teacher: before step 1 every method's network is the pre-trained one, with the student's own head
+    if start:
+        Z_P, step = start["Z_P"], eval.restore(start, net, optimizer)
+    else:
+        if s.probe:
+            fit_head(net, examples, device, s.seed)
+        taught = splits | ({"train": examples} if s.lambda1 else {})             # dev rows: for the drift
+        Z_P, step = {name: predict(net, rows, device, desc="teacher")[0] for name, rows in taught.items()}, 0
+    start = None
+    if s.compile:
+        net.compile_blocks()
+    net.train()
+    say_what_is_idle(s, len(task.labels) or 1, net.config.d)
+
+    batches_an_epoch = -(-len(examples) // s.batch_size)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
+    warmup = min(s.warmup / max_iters, 1.0) if s.warmup >= 1 else s.warmup
+    eval_interval = s.eval_interval or batches_an_epoch
+    lengths, labels = [len(ids) for ids, _ in examples], [label for _, label in examples]
+    unmoved = {name for name in named if not mute(name, family)} if step < 3 else set()
+    print(f"{max_iters} steps of {s.batch_size} rows in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)}")
+
+    def evaluate():
+        record = dict(step=step)
+        for name, rows in splits.items():
+            Z, _ = predict(net, rows, device)
+            y = [label for _, label in rows]
+            values = dict(loss=task_loss(Z, torch.tensor(y)).item(), **eval.scores(y, Z, task.labels))
+            if task.labels:
+                values["drift"] = balora.cr_nlu(Z_P[name], Z, 1.0).item()        # mean KL(P_P ‖ P_F), nats a row
+            record |= {key if name == "dev" else f"{key}_{name}": value for key, value in values.items()}
+        eval.add_evaluation(s.out_dir, record)
+        print(f"eval at step {step} | " + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"), flush=True)
+
+    if step == 0:
+        evaluate()
+    epoch, batches, clock = None, None, time.time()
+    while step < max_iters:
+        # the step's rows and their schedule
+        if step // batches_an_epoch != epoch:
+            epoch = step // batches_an_epoch
+            batches = order_of(lengths, labels, s.batch_size, s.seed, epoch, s.stratified)
+        rows = batches[step % batches_an_epoch]
+        lr = s.learning_rate * balora.lr_schedule(step, max_iters, warmup, linear=True)
+        lambdas = (s.lambda1, s.lambda2, s.lambda3)
+        if s.schedule:
+            lambdas = balora.lambda_schedule(step, max_iters, lambdas)
+        micro = [rows[i:i + s.micro_batch] for i in range(0, len(rows), s.micro_batch)]
+
+        # forward and backward, micro-batch by micro-batch
+        terms = dict.fromkeys(("task", "cr", "dr", "svdr"), None)
+        for part in micro:
+            ids, mask, y = collate([examples[i] for i in part], net.config.pad, device)
+            Z_F, features = net.classify(ids, mask)                              # [n, D], [n, d]
+            if not Z_F.isfinite().all():
+                raise ValueError(eval.diverged(step, lr, s))
+            total, values = balora.loss_nlu(Z_F, y, Z_P["train"][part].to(device) if s.lambda1 else None, lambdas, s.T, s.k,
+                                            features if s.regularize == "features" else None, len(rows), 1 / len(micro), s.label_smoothing)
+            total.backward()
+            for name, value in values.items():
+                terms[name] = value.item() + (terms[name] or 0.0)
+
+        # update
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
+        eval.check_step(step, terms, norm, unmoved, named, lr, s)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # record
+        seconds, clock = time.time() - clock, time.time()
+        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, sum(lengths[i] for i in rows) / seconds, device)
+        if step % s.log_interval == 0 or step == max_iters:
+            print(eval.progress_line(record, max_iters, seconds), flush=True)
+        if step % eval_interval == 0 or step == max_iters:
+            evaluate()
+        if step % eval_interval == 0 or step == max_iters or (s.save_interval and step % s.save_interval == 0):
+            eval.save_checkpoint(s.out_dir, step, net, optimizer, Z_P=Z_P)
+            clock = time.time()
+    return finish(s, net, tok, full, splits["dev"], device)
+
+
+def say_what_is_idle(s, D, d):
+    """Terms with a weight that cannot act on this task, and what SVDR's k becomes: aloud, once."""
+    look, n = (d if s.regularize == "features" else D), s.micro_batch
+    idle = {name: why for name, why in balora.idle_terms(n, D, s.k).items() if name == "cr"} | \
+           {name: why for name, why in balora.idle_terms(n, look, s.k).items() if name != "cr"}
+    for name, weight in (("cr", s.lambda1), ("dr", s.lambda2), ("svdr", s.lambda3)):
+        if weight and name in idle:
+            print(f"L_{name.upper()} cannot act here: {idle[name]}")
+    if s.lambda3 and "svdr" not in idle and s.k >= min(n, look):
+        print(f"L_SVDR: k = {min(n, look) - 1} of min(N, D) = {min(n, look)} singular values (with k = {s.k} it would be the constant -1)")
+
+
+def finish(s, net, tok, full, dev, device):
+    """Save what was trained, with the features of (at most 2,000) dev rows for `eval.py features`; draw the loss. -> evaluations."""
+    if full:
+        net.save(os.path.join(s.out_dir, "model"), tok)
+    else:
+        balora.save_adapter(net, os.path.join(s.out_dir, "adapter"), base=model.HUB.get(s.init, s.init))
+    rows = [dev[i] for i in sorted(random.Random("features").sample(range(len(dev)), min(len(dev), 2000)))]
+    Z, features = predict(net, rows, device)
+    balora.write_atomic(os.path.join(s.out_dir, "features.npz"),
+                        lambda f: np.savez(f, features=features.numpy(), Z=Z.numpy(), y=np.array([label for _, label in rows]), labels=np.array(TASKS[s.task].labels)))
+    eval.plot_curves([s.out_dir], os.path.join(s.out_dir, "loss.png"))
+    records, metric = eval.read_json(os.path.join(s.out_dir, "eval.json")), TASKS[s.task].metric
+    best = max(records, key=lambda record: record[metric])
+    print(f"{metric}: best on dev {best[metric]:.4f} (step {best['step']}, chosen on the very rows it is measured on), last {records[-1][metric]:.4f} (step {records[-1]['step']})")
+    return records
+
+
+def compare(results):
+    """Before, and after each method, on dev: the last evaluation of every run."""
+    first = next(iter(results.values()))[0]
+    width = max(map(len, first)) + 2
+    print("\n" + f"{'':<{width}}{'before':>10}" + "".join(f"{method:>10}" for method in results))
+    for name in first:
+        if name != "step":
+            print(f"{name:<{width}}{first[name]:>10.4f}" + "".join(f"{records[-1][name]:>10.4f}" for records in results.values()))
+
+
+if __name__ == "__main__":
+    eval.run_main(main)

