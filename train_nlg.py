@@ -88,7 +88,7 @@ class Settings:
 
 
 PRESETS = {
-    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, max_len=160, epochs=4, eval_interval=1000, eval_generate=200, max_new=48),
+    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, max_len=160, epochs=2, eval_interval=1000, eval_generate=200, max_new=48),
     "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
     "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100512]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
                       checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),

@@ -463,7 +463,7 @@ def task_loss(Z, y, smoothing=0.0):
 
 
 def fit_head(net, examples, device, seed, steps=300, batch_size=64):
-    """--probe: the new head on the frozen encoder's states, which are computed once. AdamW, lr 1e-3."""
+    """--probe: the new head on the frozen encoder's states, which are computed once. AdamW, lr 1e-3; the state that is best on a tenth of the rows, held out, stays."""
     states, rng, was_training = [], random.Random(f"probe {seed}"), net.training
     net.eval()
     with torch.no_grad():
@@ -471,16 +471,23 @@ def fit_head(net, examples, device, seed, steps=300, batch_size=64):
             ids, mask, _ = collate(examples[start:start + batch_size], net.config.pad, device)
             states.append(net.hidden(ids, mask)[:, 0])
     states, y = torch.cat(states), torch.tensor([label for _, label in examples]).to(device)
+    order, best = rng.sample(range(len(y)), len(y)), None
+    held, rest = order[:max(1, len(y) // 10)], order[max(1, len(y) // 10):]
     optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
-    for _ in range(steps):
-        rows = torch.tensor(rng.sample(range(len(y)), min(batch_size, len(y))), device=device)
-        loss = task_loss(net.classifier(states[rows])[0], y[rows])
+    for step in range(steps + 1):
+        if step % 20 == 0:
+            with torch.no_grad():
+                loss = task_loss(net.classifier(states[held])[0], y[held]).item()
+            if best is None or loss < best[0]:
+                best = loss, step, {name: p.detach().clone() for name, p in net.classifier.state_dict().items()}
+        rows = rng.sample(rest, min(batch_size, len(rest)))
         optimizer.zero_grad()
-        loss.backward()
+        task_loss(net.classifier(states[rows])[0], y[rows]).backward()
         optimizer.step()
     optimizer.zero_grad()
+    net.classifier.load_state_dict(best[2])
     net.train(was_training)
-    print(f"probe: head fitted in {steps} steps on the frozen encoder, loss of the last batch {loss.item():.4f}")
+    print(f"probe: head of step {best[1]} of {steps} on the frozen encoder, loss {best[0]:.4f} on {len(held)} held-out training rows")
 
 
 def mute(name, family):
