@@ -814,7 +814,8 @@ def new_head(net, names, seed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: encode(text) -> ids without special tokens (text never becomes a control token), decode(ids) -> text,
-# bos: list of ids that stands before a prompt, eos: id, kind: what config.json calls it, save(folder)
+# bos: list of ids that stands before a prompt, eos: id, kind: what config.json calls it, save(folder);
+# but for Bytes also pair(a, b) -> ids with special tokens, as an encoder reads them, and the ids pad, cls, sep, mask
 
 class Bytes:
     """UTF-8 bytes 0-255, bos 256, eos 257 (258 is unused)."""
@@ -830,6 +831,37 @@ class Bytes:
         """Nothing to write: config.json says "bytes"."""
 
 
+class Paired:
+    """The form in which an encoder reads one text or two. pad, cls, sep, mask: ids, None where the family has none."""
+    pad = cls = sep = mask = None
+    between = 1                       # separators between the two texts
+
+    def pair(self, a, b=None, max_len=0):
+        """-> ids: bos A eos; of two texts cls A sep B sep (RoBERTa: cls A sep sep B sep).
+
+        max_len: most ids in all, special ones included; the longer text loses its end first. 0: no limit.
+        Raises ValueError where b is given to a family without a form for two texts (T5), or max_len is below the special ids' number.
+        """
+        if b is not None and self.sep is None:
+            raise ValueError("pair: this tokenizer has no form for two texts; write both into one (T5: \"mrpc sentence1: ... sentence2: ...\")")
+        middle = [] if b is None else [self.sep] * self.between
+        a, b = self.encode(a), [] if b is None else self.encode(b)
+        if max_len:
+            frame = len(self.bos) + len(middle) + 1
+            if max_len < frame:
+                raise ValueError(f"pair: max_len={max_len} has no room beside {frame} special tokens; give more")
+            a, b = longest_first(a, b, max_len - frame)
+        return self.bos + a + middle + b + [self.eos]
+
+
+def longest_first(a, b, room):
+    """Cut two lists of ids to `room` in all: the longer loses its end until both are even, of an odd room it keeps one more (at a draw b does)."""
+    if len(a) + len(b) <= room:
+        return a, b
+    short = min(len(a), len(b), room // 2)
+    return (a[:room - short], b[:short]) if len(a) > len(b) else (a[:short], b[:room - short])
+
+
 @lru_cache
 def byte_symbols():
     """GPT-2's printable stand-ins: byte -> character."""
@@ -842,17 +874,18 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 DIGIT_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"     # every digit alone (SmolLM2)
 
 
-class BPE:
-    """Byte-level BPE through tiktoken.
+class BPE(Paired):
+    """Byte-level BPE through tiktoken (GPT-2, SmolLM2, RoBERTa).
 
     vocab: token string -> id, merges: list of (left, right), both in GPT-2's byte symbols; split: a pattern, or None to
     see from the merges whether digits stand alone. tiktoken's ids are ranks, so ranks follow the merges and map to ids.
     """
-    kind = "bpe"
+    kind, between = "bpe", 2
 
     def __init__(self, vocab, merges, bos=(), eos=None, split=None, special=()):
         import tiktoken
         self.vocab, self.merges, self.bos, self.eos, self.special = vocab, merges, list(bos), eos, set(special)
+        self.pad, self.cls, self.sep, self.mask = (vocab.get(t) for t in ("<pad>", "<s>", "</s>", "<mask>"))     # RoBERTa's
         if split is None:
             split = GPT2_SPLIT if any(re.search(r"\d\d", a + b) for a, b in merges) else DIGIT_SPLIT
         self.split = split
@@ -889,15 +922,18 @@ class BPE:
             json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": by_id.get(self.bos[0]) if self.bos else None, "eos_token": by_id.get(self.eos)}, f)
 
 
-class SentencePiece:
-    """LLaMA-2's tokenizer.model. Each encode starts with a dummy '▁', which decode takes away again."""
+class SentencePiece(Paired):
+    """The .model file of LLaMA-2, DeBERTa-v3 or T5. Each encode starts with a dummy '▁', which decode takes away again."""
     kind = "sentencepiece"
 
     def __init__(self, path):
         import sentencepiece
         self.path = path
         self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        self.bos, self.eos = [self.sp.bos_id()], self.sp.eos_id()
+        bos, pad = self.sp.bos_id(), self.sp.pad_id()            # -1: none
+        self.bos, self.eos, self.pad = [bos] if bos >= 0 else [], self.sp.eos_id(), pad if pad >= 0 else None
+        if bos >= 0 and self.sp.id_to_piece(bos) == "[CLS]":     # DeBERTa, whose [MASK] follows the pieces of the file
+            self.cls, self.sep, self.mask = bos, self.eos, self.sp.get_piece_size()
 
     def encode(self, text):
         return self.sp.encode(text)
@@ -906,19 +942,73 @@ class SentencePiece:
         return self.sp.decode([i for i in ids if i < self.sp.get_piece_size()])
 
     def save(self, folder):
-        with open(self.path, "rb") as src, open(os.path.join(folder, "tokenizer.model"), "wb") as dst:
+        with open(self.path, "rb") as src, open(os.path.join(folder, os.path.basename(self.path)), "wb") as dst:
             dst.write(src.read())
 
 
+class WordPiece(Paired):
+    """BERT's tokenizer through `tokenizers`: words and punctuation apart, each the longest pieces of the vocabulary, or [UNK].
+
+    vocab: tokens in the order of their ids, or token -> id; WordPiece.control are among them. The options are named as in
+    tokenizer_config.json; strip_accents None: where lower-cased. The object inside knows no special tokens, so "[SEP]" in a text is three words.
+    """
+    kind, control = "wordpiece", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+    def __init__(self, vocab, do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True):
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+        self.vocab = vocab = vocab if isinstance(vocab, dict) else {t: i for i, t in enumerate(vocab)}
+        self.options = dict(do_lower_case=do_lower_case, strip_accents=strip_accents, tokenize_chinese_chars=tokenize_chinese_chars)
+        missing = [t for t in self.control if t not in vocab]
+        if missing:
+            raise ValueError(f"WordPiece: the vocabulary lacks {', '.join(missing)}; it must hold {', '.join(self.control)}")
+        self.pad, self.cls, self.sep, self.mask = (vocab[t] for t in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
+        self.bos, self.eos = [self.cls], self.sep
+        self.wp = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+        self.wp.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=strip_accents, handle_chinese_chars=tokenize_chinese_chars)
+        self.wp.pre_tokenizer, self.wp.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+
+    def encode(self, text):
+        return self.wp.encode(text).ids
+
+    def decode(self, ids):
+        """As BERT knew the text: lower-cased, single spaces, none before punctuation, [UNK] for what it did not know."""
+        return self.wp.decode([i for i in ids if i not in (self.pad, self.cls, self.sep, self.mask)])
+
+    def save(self, folder):
+        """tokenizer.json and tokenizer_config.json, as `tokenizers` and `transformers` read them."""
+        from tokenizers import Tokenizer, processors
+        theirs = Tokenizer.from_str(self.wp.to_str())
+        theirs.add_special_tokens(list(self.control))
+        theirs.post_processor = processors.BertProcessing(("[SEP]", self.sep), ("[CLS]", self.cls))
+        theirs.save(os.path.join(folder, "tokenizer.json"))
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+            json.dump({"tokenizer_class": "BertTokenizer", **self.options}, f)
+
+
+SENTENCEPIECE_FILE = {"llama": "tokenizer.model", "deberta": "spm.model", "t5": "spiece.model"}
+
+
 def folder_tokenizer(folder, config):
-    """tokenizer.model, then tokenizer.json, then vocab.json + merges.txt; a folder that `Transformer.save` wrote may say "bytes"."""
-    at = lambda name: os.path.join(folder, name)
-    read = lambda name: json.load(open(at(name), encoding="utf-8"))
+    """The tokenizer of config.family; a folder that `Transformer.save` wrote may say "bytes".
+
+    llama: tokenizer.model, then byte-level BPE (tokenizer.json, then vocab.json + merges.txt); roberta: byte-level BPE; deberta: spm.model;
+    t5: spiece.model; bert: tokenizer.json, then vocab.txt. Raises ValueError where they are missing or hold something else.
+    """
+    at, read = _files(folder)
     if read("config.json").get("tokenizer") == "bytes":
         return Bytes()
-    if os.path.exists(at("tokenizer.model")):
-        return SentencePiece(at("tokenizer.model"))
-    bos = [config.bos] if os.path.exists(at("tokenizer_config.json")) and read("tokenizer_config.json").get("add_bos_token") else []
+    if config.family == "bert":
+        return folder_wordpiece(folder)
+    name = SENTENCEPIECE_FILE.get(config.family)
+    if name and os.path.exists(at(name)):
+        return SentencePiece(at(name))
+    if config.family in ("deberta", "t5"):
+        raise ValueError(f"{folder}: no tokenizer; expected {name}, the SentencePiece model of this family")
+    return folder_bpe(folder, config)
+
+
+def folder_bpe(folder, config):
+    at, read = _files(folder)
     if os.path.exists(at("tokenizer.json")):
         j = read("tokenizer.json")
         if j["model"].get("type") != "BPE" or j["model"].get("byte_fallback"):
@@ -927,14 +1017,51 @@ def folder_tokenizer(folder, config):
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in j["model"]["merges"]]
         special = [t["id"] for t in j.get("added_tokens", []) if t.get("special")]
         vocab = j["model"]["vocab"] | {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-        return BPE(vocab, merges, bos, config.eos, _split_of(j.get("pre_tokenizer") or {}), special)
-    if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
+        split = _split_of(j.get("pre_tokenizer") or {})
+    elif os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
         with open(at("merges.txt"), encoding="utf-8") as f:
             merges = [tuple(line.rstrip("\n").split(" ")) for line in f if line.strip() and not line.startswith("#version")]
         vocab = read("vocab.json")
         made = {a + b for a, b in merges} | set(byte_symbols().values())
-        return BPE(vocab, merges, bos, config.eos, None, [i for t, i in vocab.items() if t not in made])
-    raise ValueError(f"{folder}: no tokenizer; expected tokenizer.model, tokenizer.json, or vocab.json with merges.txt")
+        special, split = [i for t, i in vocab.items() if t not in made], None
+    else:
+        raise ValueError(f"{folder}: no tokenizer; expected {'tokenizer.model, ' * (config.family == 'llama')}tokenizer.json, or vocab.json with merges.txt")
+    if config.family == "roberta":
+        missing = [t for t in ("<s>", "<pad>", "</s>", "<mask>") if t not in vocab]
+        if missing:
+            raise ValueError(f"{folder}: not RoBERTa's vocabulary; it lacks {', '.join(missing)}")
+        return BPE(vocab, merges, [vocab["<s>"]], vocab["</s>"], split, special)
+    bos = [config.bos] if os.path.exists(at("tokenizer_config.json")) and read("tokenizer_config.json").get("add_bos_token") else []
+    return BPE(vocab, merges, bos, config.eos, split, special)
+
+
+def folder_wordpiece(folder):
+    """BERT's files -> WordPiece. On case and accents tokenizer_config.json goes before tokenizer.json; without a word: uncased."""
+    at, read = _files(folder)
+    options = {}
+    if os.path.exists(at("tokenizer.json")):
+        j = read("tokenizer.json")
+        normal = j.get("normalizer") or {}
+        kinds = [part.get("type") for part in (j["model"], normal, j.get("pre_tokenizer") or {})]
+        if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
+            raise ValueError(f"{at('tokenizer.json')}: {', '.join(map(str, kinds))}; BERT's is WordPiece, BertNormalizer, BertPreTokenizer")
+        vocab = j["model"]["vocab"]
+        options = dict(do_lower_case=normal["lowercase"], strip_accents=normal["strip_accents"], tokenize_chinese_chars=normal["handle_chinese_chars"])
+    elif os.path.exists(at("vocab.txt")):
+        with open(at("vocab.txt"), encoding="utf-8") as f:
+            vocab = [line.rstrip("\n") for line in f]
+    else:
+        raise ValueError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt (BERT's WordPiece)")
+    if os.path.exists(at("tokenizer_config.json")):
+        said = read("tokenizer_config.json")
+        options |= {k: said[k] for k in ("do_lower_case", "strip_accents", "tokenize_chinese_chars") if k in said}
+    return WordPiece(vocab, **options)
+
+
+def _files(folder):
+    """-> at(name): the path of one of the folder's files; read(name): its JSON."""
+    at = lambda name: os.path.join(folder, name)
+    return at, lambda name: json.load(open(at(name), encoding="utf-8"))
 
 
 def _split_of(pre):
