@@ -85,6 +85,7 @@ def t5_config(vocab_size, d, n_layers, n_heads, head_dim, d_ff, buckets=32, max_
 
 PUBLISHED = {                         # --dry_run needs sizes only, so no download
     "tiny": Config(vocab_size=259, d=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=384, max_len=512, tied=True, bos=256, eos=257),
+    "tiny-encoder": encoder_config("deberta", 121, 128, 2, 4, 512, max_len=64, norm_eps=1e-7, dropout=0.0, buckets=16),
     "smollm2-135m": Config(vocab_size=49152, d=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, max_len=8192, rope_theta=1e5, tied=True, bos=1, eos=2),
     "llama2-7b": Config(vocab_size=32000, d=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_len=4096, bos=1, eos=2),
     "minilm": encoder_config("bert", 30522, 384, 6, 12, 1536),
@@ -516,13 +517,15 @@ def pick(logits, temperature, top_p, rng):
     return order.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
 
 
-def init_weights(net, seed):
-    """A fresh network to train from nothing: N(0, 0.02²), what adds to the residual stream smaller by √(2·layers)."""
+def init_weights(net, seed, std=0.02):
+    """A fresh network to train from nothing: N(0, std²), what adds to the residual stream smaller by √(2·layers); biases zero."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         if p.dim() > 1:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * net.config.n_layers) if residual else 0.02, generator=rng)
+            nn.init.normal_(p, std=std / math.sqrt(2 * net.config.n_layers) if residual else std, generator=rng)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,7 +997,7 @@ SENTENCEPIECE_FILE = {"llama": "tokenizer.model", "deberta": "spm.model", "t5": 
 
 
 def folder_tokenizer(folder, config):
-    """The tokenizer of config.family; a folder that `Transformer.save` wrote may say "bytes".
+    """The tokenizer of config.family; a folder that `Transformer.save` wrote may say "bytes" or "wordpiece".
 
     llama: tokenizer.model, then byte-level BPE (tokenizer.json, then vocab.json + merges.txt); roberta: byte-level BPE; deberta: spm.model;
     t5: spiece.model; bert: tokenizer.json, then vocab.txt. Raises ValueError where they are missing or hold something else.
@@ -1002,7 +1005,7 @@ def folder_tokenizer(folder, config):
     at, read = _files(folder)
     if read("config.json").get("tokenizer") == "bytes":
         return Bytes()
-    if config.family == "bert":
+    if config.family == "bert" or read("config.json").get("tokenizer") == "wordpiece":
         return folder_wordpiece(folder)
     name = SENTENCEPIECE_FILE.get(config.family)
     if name and os.path.exists(at(name)):

@@ -8,10 +8,12 @@ Every setting is a line below and an option on the command line (--name=value, -
 checkpoint.pt, features.npz, adapter/ and loss.png to its folder; the same command with --resume goes on after an interruption, bit for bit.
 """
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -322,6 +324,122 @@ def hold_out(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The small written world of `tiny`: twelve animals of a family share their habits; tuning must know the family of animals that only pre-training named
+
+HABITS = {"eats": ("grass", "insects", "meat"), "lives in": ("forests", "lakes", "meadows"), "sleeps in": ("burrows", "caves", "nests")}
+ANY = None                            # now this, now that: one habit of each family
+FAMILIES = {                          # family: (what its animals always do, in the order of HABITS, and never anything else; its twelve animals)
+    "songbird": (("insects", ANY, "nests"), "robin wren finch lark thrush sparrow starling warbler swallow nightingale blackbird oriole"),
+    "waterbird": (("meat", "lakes", ANY), "heron pelican gull cormorant kingfisher stork gannet grebe osprey puffin tern egret"),
+    "cat": (("meat", ANY, "caves"), "lion tiger leopard panther lynx puma jaguar cheetah ocelot caracal serval wildcat"),
+    "grazer": (("grass", "meadows", ANY), "deer horse cow sheep goat antelope bison zebra gazelle elk llama camel"),
+    "rodent": ((ANY, "meadows", "burrows"), "mouse rat vole hamster gerbil marmot gopher squirrel chipmunk lemming beaver dormouse"),
+    "monkey": ((ANY, "forests", "nests"), "baboon macaque marmoset tamarin capuchin mandrill colobus langur vervet howler titi saki"),
+}
+OFTEN = ("always", "sometimes", "never")                                         # what a story says where a row has entailment, neutral, contradiction
+PEOPLE = ("ann", "ben", "eva", "ida", "leo", "max", "mia", "tom")
+STORIES = ("a {animal} {a} and {b} .", "a {family} {a} and {b} .", "a {animal} is a {family} , so it {a} and {b} .", "it {a} and {b} : the {animal} of {name} .",
+           "the pet of {name} is a {animal} . it {a} and {b} .", "{name} has a {animal} that {a} and {b} .")
+PREMISE, HYPOTHESIS = "{name} keeps a {animal} .", "the pet of {name} {a} ."
+FAMILY = {animal: family for family, (_, animals) in FAMILIES.items() for animal in animals.split()}
+WORDS = sorted({word for text in (*HABITS, *FAMILY, *FAMILIES, *OFTEN, *PEOPLE, *STORIES, PREMISE, HYPOTHESIS, *(v for values in HABITS.values() for v in values))
+                for word in text.split() if "{" not in word})
+
+
+def claim(rng, animal, habit):
+    """Something to say of an animal's habit. -> class 0 it always does so, 1 among other things, 2 never; value. Over all habits classes are alike likely."""
+    values, does = HABITS[habit], FAMILIES[FAMILY[animal]][0][list(HABITS).index(habit)]
+    if does is ANY:
+        return 1, rng.choice(values)
+    return (0, does) if rng.random() < 0.5 else (2, rng.choice([v for v in values if v != does]))
+
+
+def world_text(rng, noise=0.0):
+    """A story that states facts of an animal. Each is wrong with probability `noise`: another of OFTEN, another family."""
+    wrong = lambda: rng.random() < noise
+    animal, story, said = rng.choice(list(FAMILY)), rng.choice(STORIES), []
+    for habit in rng.sample(list(HABITS), 2):
+        c, value = claim(rng, animal, habit)
+        said.append(f"{OFTEN[(c + rng.randrange(1, 3)) % 3 if wrong() else c]} {habit} {value}")
+    family = FAMILY[animal]
+    if "{animal} is" in story and wrong():
+        family = rng.choice([f for f in FAMILIES if f != family])
+    return story.format(animal=animal, family=family, name=rng.choice(PEOPLE), a=said[0], b=said[1])
+
+
+def world_rows(seed, n_train, n_dev):
+    """-> {"train": rows, "dev": rows}, classes balanced, labels right: 0 entailment, 1 neutral, 2 contradiction, as TASKS["mnli"] has them.
+
+    No animal is in both: train has seven of a family, dev the other five. Raises ValueError where the world is too small for so many rows.
+    """
+    rng, animals = random.Random(f"animals {seed}"), {"train": [], "dev": []}
+    for _, family in FAMILIES.values():
+        family = rng.sample(family.split(), 12)
+        animals["train"] += family[:7]
+        animals["dev"] += family[7:]
+    return {split: draw_rows(random.Random(f"{split} {seed}"), animals[split], n) for split, n in (("train", n_train), ("dev", n_dev))}
+
+
+def draw_rows(rng, animals, n):
+    most, rows = 3 * 2 * len(animals) * len(PEOPLE), {}                          # two habits of each are fixed
+    if n > most:
+        raise ValueError(f"{n} rows of {len(animals)} animals: the small written world has {most} with balanced classes")
+    while len(rows) < n:
+        animal, name, habit = rng.choice(animals), rng.choice(PEOPLE), rng.choice(list(HABITS))
+        c, value = claim(rng, animal, habit)
+        if c == len(rows) % 3:
+            rows.setdefault((PREMISE.format(name=name, animal=animal), HYPOTHESIS.format(name=name, a=f"{habit} {value}")), c)
+    return [(*texts, c) for texts, c in rows.items()]
+
+
+def pretrain_world(seed, noise, iters, device):
+    """Pre-train "tiny-encoder" to fill in masked words of the world's stories. -> its folder, kept for every run with the same recipe."""
+    c = model.PUBLISHED["tiny-encoder"]
+    recipe = dict(seed=seed, noise=noise, iters=iters, network=dataclasses.asdict(c), text=[FAMILIES, HABITS, STORIES, WORDS])
+    folder = os.path.join("out", f"tiny-encoder-noise{noise:g}-seed{seed}-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8])
+    if os.path.isdir(folder):
+        return folder
+    net, tok = model.Transformer(c), model.WordPiece([*model.WordPiece.control, *WORDS])
+    model.init_weights(net, seed, std=0.06)
+    net.to(device)
+    telling = {*OFTEN, *(v for values in HABITS.values() for v in values)}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    rng, coin = random.Random(f"stories {seed}"), torch.Generator().manual_seed(seed)
+    rate = torch.tensor([0.0 if word in tok.control else 0.3 if word in telling else 0.1 for word in tok.vocab])      # to be masked, by id
+    bar = tqdm(range(iters), desc="pre-train tiny-encoder", unit="step")
+    for step in bar:
+        ids, valid = stack([tok.pair(world_text(rng, noise)) for _ in range(16)], tok.pad)
+        chosen = torch.rand(ids.shape, generator=coin) < rate[ids]
+        y = ids[chosen]
+        u, other = torch.rand(len(y), generator=coin), torch.randint(len(tok.control), len(tok.vocab), y.shape, generator=coin)
+        ids[chosen] = torch.where(u < 0.8, tok.mask, torch.where(u < 0.9, other, y))     # BERT's rule: a tenth becomes another word, a tenth stays
+        y, ids, valid, chosen = (t.to(device) for t in (y, ids, valid, chosen))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * balora.lr_schedule(step, iters, warmup=0.05)
+        loss = F.cross_entropy(F.linear(net.hidden(ids, valid)[chosen], net.head), y)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    own = f"{folder}.{os.getpid()}.tmp"
+    net.save(own, tok)
+    if os.path.isdir(folder):                                                    # another run of this seed was faster
+        shutil.rmtree(own)
+    else:
+        os.replace(own, folder)
+    return folder
+
+
+def stack(rows, pad):
+    """Lists of ids -> ids [N, L] padded on the right, valid [N, L], on the CPU."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Controlled corruption: class imbalance first, then label noise
 
 def flip_labels(rows, p, n_classes, seed):
@@ -408,7 +526,7 @@ def order_of(lengths, labels, batch_size, seed, epoch, stratified=False):
 
 def load_rows(s):
     """-> {"train": rows, "dev": rows, ...}, the training rows as --max_rows, --imbalance and --label_noise leave them; says what they did."""
-    splits = world_rows(s.seed) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
+    splits = world_rows(s.seed, 1800, 600) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
     labels, read = TASKS[s.task].labels, splits["train"]
     if s.max_rows and s.max_rows < len(read):
         read = [read[i] for i in sorted(random.Random("rows").sample(range(len(read)), s.max_rows))]
@@ -436,9 +554,7 @@ def encode(rows, tok, s, family):
 
 def collate(examples, pad, device):
     """-> ids [N, L] padded on the right, mask [N, L], y [N]."""
-    L = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([row + [pad] * (L - len(row)) for row, _ in examples])
-    mask = torch.tensor([[True] * len(row) + [False] * (L - len(row)) for row, _ in examples])
+    ids, mask = stack([ids for ids, _ in examples], pad)
     return ids.to(device), mask.to(device), torch.tensor([label for _, label in examples]).to(device)
 
 
