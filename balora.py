@@ -367,14 +367,13 @@ def svdr_nlu(Z_F, k):
     return -sigma[:k].sum() / sigma.sum().clamp_min(1e-8)
 
 
-def idle_terms(n, D, k):
-    """What cannot act on a matrix [n, D] (DESIGN "NLU honesty"). -> {"cr" | "dr" | "svdr": why}, for the run to say aloud."""
-    idle = {}
+def idle_terms(n, D, d=None):
+    """What cannot act on n examples of D classes, DR and SVDR looking at [n, d] (default: the logits). -> {"cr" | "dr" | "svdr": why}, for the run to say aloud."""
+    d, idle = d or D, {}
     if D == 1:
-        idle |= {"cr": "the softmax of one logit is 1", "dr": "one column has no off-diagonal covariance"}
-    elif n < 2:
-        idle["dr"] = "the covariance of one example is undefined"
-    if min(n, D) == 1:
+        idle["cr"] = "the softmax of one logit is 1"
+    if d == 1 or n == 1:
+        idle["dr"] = "one column has no off-diagonal covariance" if d == 1 else "the covariance of one example is undefined"
         idle["svdr"] = "one singular value is all of the spectrum: the constant -1"
     return idle
 
@@ -435,7 +434,7 @@ def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N
         raise ValueError("loss_nlu: λ1 > 0 needs the teacher's Z_P")
     Z_F, part = Z_F.float(), len(y) / (N or len(y))
     G = Z_F if G is None else G.float()
-    idle = idle_terms(len(G), Z_F.shape[1], k).keys() & {"cr"} | idle_terms(*G.shape, k).keys() - {"cr"}
+    idle = idle_terms(len(G), Z_F.shape[1], G.shape[1])
     terms = {"task": part * (F.mse_loss(Z_F[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z_F, y, label_smoothing=label_smoothing))}
     if l1 and "cr" not in idle:
         terms["cr"] = part * cr_nlu(Z_P, Z_F, T)

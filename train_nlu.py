@@ -778,8 +778,7 @@ def train(s):
 def say_what_is_idle(s, D, d):
     """Terms with a weight that cannot act on this task, and what SVDR's k becomes: aloud, once."""
     look, n = (d if s.regularize == "features" else D), s.micro_batch
-    idle = {name: why for name, why in balora.idle_terms(n, D, s.k).items() if name == "cr"} | \
-           {name: why for name, why in balora.idle_terms(n, look, s.k).items() if name != "cr"}
+    idle = balora.idle_terms(n, D, look)
     for name, weight in (("cr", s.lambda1), ("dr", s.lambda2), ("svdr", s.lambda3)):
         if weight and name in idle:
             print(f"L_{name.upper()} cannot act here: {idle[name]}")

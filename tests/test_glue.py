@@ -12,7 +12,6 @@ import torch
 
 import eval
 import train_nlg
-import train_nlu
 from train_nlu import TASKS, class_table, flip_labels, order_of, read_file, read_glue, subsample
 
 ROWS = {                              # of data/SOURCES.md, but for the malformed row of QQP (label 0)
