@@ -91,7 +91,7 @@ class Settings:
     log_interval: int = 20            # optimizer steps between printed lines
     # the tiny model's pre-training
     pretrain_noise: float = 0.2       # share of its facts that are stated wrongly, in [0, 1]
-    pretrain_iters: int = 600         # optimizer steps
+    pretrain_iters: int = 3000        # optimizer steps
 
 
 PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBERTa-v3-base; the rest is the same for every model
