@@ -85,7 +85,7 @@ def t5_config(vocab_size, d, n_layers, n_heads, head_dim, d_ff, buckets=32, max_
 
 PUBLISHED = {                         # --dry_run needs sizes only, so no download
     "tiny": Config(vocab_size=259, d=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=384, max_len=512, tied=True, bos=256, eos=257),
-    "tiny-encoder": encoder_config("deberta", 121, 128, 2, 4, 512, max_len=64, norm_eps=1e-7, dropout=0.0, buckets=16),
+    "tiny-encoder": encoder_config("deberta", 105, 128, 2, 4, 512, max_len=64, norm_eps=1e-7, dropout=0.0, buckets=16),
     "smollm2-135m": Config(vocab_size=49152, d=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, max_len=8192, rope_theta=1e5, tied=True, bos=1, eos=2),
     "llama2-7b": Config(vocab_size=32000, d=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_len=4096, bos=1, eos=2),
     "minilm": encoder_config("bert", 30522, 384, 6, 12, 1536),

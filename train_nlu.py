@@ -91,7 +91,7 @@ class Settings:
     log_interval: int = 20            # optimizer steps between printed lines
     # the tiny model's pre-training
     pretrain_noise: float = 0.2       # share of its facts that are stated wrongly, in [0, 1]
-    pretrain_iters: int = 3000        # optimizer steps
+    pretrain_iters: int = 1000        # optimizer steps
 
 
 PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBERTa-v3-base; the rest is the same for every model
@@ -103,9 +103,9 @@ PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBER
     "rte": dict(epochs=50, max_len=320, warmup=200, cls_dropout=0.2, weight_decay=0.01),
     "mrpc": dict(epochs=30, max_len=320, warmup=0.1, cls_dropout=0.0, weight_decay=0.01),
     "stsb": dict(epochs=25, max_len=128, warmup=100, cls_dropout=0.2, weight_decay=0.1),
-    "tiny": dict(task="world", against="pissa", imbalance="10:3:1"),
+    "tiny": dict(task="world", against="pissa", imbalance="10:3:1", epochs=20, log_interval=100),
 }
-LEARNING_RATE = dict(mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=2e-3)      # the same source, for adapters
+LEARNING_RATE = dict(mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=1e-3)      # the same source, for adapters
 SCALE = {"roberta-base": 0.5, "t5-base": 0.5}                                    # of those, for models that the scripts do not cover
 PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
@@ -324,11 +324,11 @@ def hold_out(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The small written world of `tiny`: twelve animals of a family share their habits; tuning must know the family of animals that only pre-training named
+# The small written world of `tiny`: twelve animals of a family share their habits; tuning must know the habits of animals that only pre-training named
 
 HABITS = {"eats": ("grass", "insects", "meat"), "lives in": ("forests", "lakes", "meadows"), "sleeps in": ("burrows", "caves", "nests")}
 ANY = None                            # now this, now that: one habit of each family
-FAMILIES = {                          # family: (what its animals always do, in the order of HABITS, and never anything else; its twelve animals)
+FAMILIES = {                          # family: (what its animals do, in the order of HABITS, and never anything else; its twelve animals)
     "songbird": (("insects", ANY, "nests"), "robin wren finch lark thrush sparrow starling warbler swallow nightingale blackbird oriole"),
     "waterbird": (("meat", "lakes", ANY), "heron pelican gull cormorant kingfisher stork gannet grebe osprey puffin tern egret"),
     "cat": (("meat", ANY, "caves"), "lion tiger leopard panther lynx puma jaguar cheetah ocelot caracal serval wildcat"),
@@ -336,47 +336,40 @@ FAMILIES = {                          # family: (what its animals always do, in 
     "rodent": ((ANY, "meadows", "burrows"), "mouse rat vole hamster gerbil marmot gopher squirrel chipmunk lemming beaver dormouse"),
     "monkey": ((ANY, "forests", "nests"), "baboon macaque marmoset tamarin capuchin mandrill colobus langur vervet howler titi saki"),
 }
-OFTEN = ("always", "sometimes", "never")                                         # what a story says where a row has entailment, neutral, contradiction
 PEOPLE = ("ann", "ben", "eva", "ida", "leo", "max", "mia", "tom")
-STORIES = ("a {animal} {a} and {b} .", "a {family} {a} and {b} .", "a {animal} is a {family} , so it {a} and {b} .", "it {a} and {b} : the {animal} of {name} .",
-           "the pet of {name} is a {animal} . it {a} and {b} .", "{name} has a {animal} that {a} and {b} .")
 PREMISE, HYPOTHESIS = "{name} keeps a {animal} .", "the pet of {name} {a} ."
+STORIES = ((PREMISE, HYPOTHESIS), (PREMISE, "the pet of {name} {a} and {b} ."), ("a {animal} {a} and {b} .", None))
 FAMILY = {animal: family for family, (_, animals) in FAMILIES.items() for animal in animals.split()}
-WORDS = sorted({word for text in (*HABITS, *FAMILY, *FAMILIES, *OFTEN, *PEOPLE, *STORIES, PREMISE, HYPOTHESIS, *(v for values in HABITS.values() for v in values))
-                for word in text.split() if "{" not in word})
+VALUES = [value for values in HABITS.values() for value in values]
+WORDS = sorted({word for text in (*HABITS, *FAMILY, *PEOPLE, *VALUES, *(text for story in STORIES for text in story if text)) for word in text.split() if "{" not in word})
 
 
-def claim(rng, animal, habit):
-    """Something to say of an animal's habit. -> class 0 it always does so, 1 among other things, 2 never; value. Over all habits classes are alike likely."""
-    values, does = HABITS[habit], FAMILIES[FAMILY[animal]][0][list(HABITS).index(habit)]
-    if does is ANY:
-        return 1, rng.choice(values)
-    return (0, does) if rng.random() < 0.5 else (2, rng.choice([v for v in values if v != does]))
+def habit_of(animal, habit):
+    """-> the one value that goes with it, or ANY."""
+    return FAMILIES[FAMILY[animal]][0][list(HABITS).index(habit)]
 
 
 def world_text(rng, noise=0.0):
-    """A story that states facts of an animal. Each is wrong with probability `noise`: another of OFTEN, another family."""
-    wrong = lambda: rng.random() < noise
-    animal, story, said = rng.choice(list(FAMILY)), rng.choice(STORIES), []
+    """A story that states facts of an animal -> its one or two texts. A fact is wrong, another value, with probability `noise`."""
+    animal, (a, b), said = rng.choice(list(FAMILY)), rng.choice(STORIES), []
     for habit in rng.sample(list(HABITS), 2):
-        c, value = claim(rng, animal, habit)
-        said.append(f"{OFTEN[(c + rng.randrange(1, 3)) % 3 if wrong() else c]} {habit} {value}")
-    family = FAMILY[animal]
-    if "{animal} is" in story and wrong():
-        family = rng.choice([f for f in FAMILIES if f != family])
-    return story.format(animal=animal, family=family, name=rng.choice(PEOPLE), a=said[0], b=said[1])
+        does = habit_of(animal, habit)
+        value = rng.choice([v for v in HABITS[habit] if v != does]) if does is ANY or rng.random() < noise else does
+        said.append(f"{habit} {value}")
+    words = dict(animal=animal, name=rng.choice(PEOPLE), a=said[0], b=said[1])
+    return a.format(**words), b and b.format(**words)
 
 
 def world_rows(seed, n_train, n_dev):
     """-> {"train": rows, "dev": rows}, classes balanced, labels right: 0 entailment, 1 neutral, 2 contradiction, as TASKS["mnli"] has them.
 
-    No animal is in both: train has seven of a family, dev the other five. Raises ValueError where the world is too small for so many rows.
+    No animal is in both: train has nine of a family, dev the other three. Raises ValueError where the world is too small for so many rows.
     """
     rng, animals = random.Random(f"animals {seed}"), {"train": [], "dev": []}
     for _, family in FAMILIES.values():
         family = rng.sample(family.split(), 12)
-        animals["train"] += family[:7]
-        animals["dev"] += family[7:]
+        animals["train"] += family[:9]
+        animals["dev"] += family[9:]
     return {split: draw_rows(random.Random(f"{split} {seed}"), animals[split], n) for split, n in (("train", n_train), ("dev", n_dev))}
 
 
@@ -386,7 +379,8 @@ def draw_rows(rng, animals, n):
         raise ValueError(f"{n} rows of {len(animals)} animals: the small written world has {most} with balanced classes")
     while len(rows) < n:
         animal, name, habit = rng.choice(animals), rng.choice(PEOPLE), rng.choice(list(HABITS))
-        c, value = claim(rng, animal, habit)
+        does, value = habit_of(animal, habit), rng.choice(HABITS[habit])
+        c = 1 if does is ANY else 0 if value == does else 2
         if c == len(rows) % 3:
             rows.setdefault((PREMISE.format(name=name, animal=animal), HYPOTHESIS.format(name=name, a=f"{habit} {value}")), c)
     return [(*texts, c) for texts, c in rows.items()]
@@ -395,27 +389,30 @@ def draw_rows(rng, animals, n):
 def pretrain_world(seed, noise, iters, device):
     """Pre-train "tiny-encoder" to fill in masked words of the world's stories. -> its folder, kept for every run with the same recipe."""
     c = model.PUBLISHED["tiny-encoder"]
-    recipe = dict(seed=seed, noise=noise, iters=iters, network=dataclasses.asdict(c), text=[FAMILIES, HABITS, STORIES, WORDS])
+    recipe = dict(seed=seed, noise=noise, iters=iters, network=dataclasses.asdict(c), text=[FAMILIES, HABITS, STORIES])
     folder = os.path.join("out", f"tiny-encoder-noise{noise:g}-seed{seed}-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8])
     if os.path.isdir(folder):
         return folder
     net, tok = model.Transformer(c), model.WordPiece([*model.WordPiece.control, *WORDS])
     model.init_weights(net, seed, std=0.06)
     net.to(device)
-    telling = {*OFTEN, *(v for values in HABITS.values() for v in values)}
     optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
     rng, coin = random.Random(f"stories {seed}"), torch.Generator().manual_seed(seed)
-    rate = torch.tensor([0.0 if word in tok.control else 0.3 if word in telling else 0.1 for word in tok.vocab])      # to be masked, by id
+    rate = torch.tensor([0.0 if word in tok.control else 0.4 if word in VALUES else 0.15 if word in FAMILY else 0.05 for word in tok.vocab])     # to be asked for, by id
+    kin = torch.arange(len(tok.vocab)).repeat(3, 1).T.contiguous()              # [V, 3]: the values of its habit; of another word, itself
+    for values in HABITS.values():
+        of_one = torch.tensor([tok.vocab[v] for v in values])
+        kin[of_one] = of_one
     bar = tqdm(range(iters), desc="pre-train tiny-encoder", unit="step")
     for step in bar:
-        ids, valid = stack([tok.pair(world_text(rng, noise)) for _ in range(16)], tok.pad)
+        ids, valid = stack([tok.pair(*world_text(rng, noise)) for _ in range(64)], tok.pad)
         chosen = torch.rand(ids.shape, generator=coin) < rate[ids]
         y = ids[chosen]
-        u, other = torch.rand(len(y), generator=coin), torch.randint(len(tok.control), len(tok.vocab), y.shape, generator=coin)
-        ids[chosen] = torch.where(u < 0.8, tok.mask, torch.where(u < 0.9, other, y))     # BERT's rule: a tenth becomes another word, a tenth stays
+        u, other = torch.rand(len(y), generator=coin), kin[y, torch.randint(3, y.shape, generator=coin)]
+        ids[chosen] = torch.where(u < 0.5, tok.mask, torch.where(u < 0.8, other, y))     # BERT's rule with other shares: a stated value is to be doubted, so it gets compared
         y, ids, valid, chosen = (t.to(device) for t in (y, ids, valid, chosen))
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * balora.lr_schedule(step, iters, warmup=0.05)
+            group["lr"] = 2e-3 * balora.lr_schedule(step, iters, warmup=0.05)
         loss = F.cross_entropy(F.linear(net.hidden(ids, valid)[chosen], net.head), y)
         optimizer.zero_grad()
         loss.backward()
@@ -526,7 +523,7 @@ def order_of(lengths, labels, batch_size, seed, epoch, stratified=False):
 
 def load_rows(s):
     """-> {"train": rows, "dev": rows, ...}, the training rows as --max_rows, --imbalance and --label_noise leave them; says what they did."""
-    splits = world_rows(s.seed, 1800, 600) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
+    splits = world_rows(s.seed, 2400, 600) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
     labels, read = TASKS[s.task].labels, splits["train"]
     if s.max_rows and s.max_rows < len(read):
         read = [read[i] for i in sorted(random.Random("rows").sample(range(len(read)), s.max_rows))]
