@@ -25,10 +25,12 @@ code and why: README. Equations are named as on the poster: CR-NLG, DR-NLG, SVDR
 """
 import difflib
 import fnmatch
+import heapq
 import json
 import math
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -47,17 +49,21 @@ from tqdm import tqdm
 class LowRank(nn.Module):
     """y = W x + b + s [ΔB  B0] [A; ΔA] x, in place of an nn.Linear whose frozen weight and bias it takes over.
 
-    A, B are fp32 parameters. A0, B0 stand in W's dtype, and A, B start from exactly those values; B0 is None where B starts
-    at zero (LoRA), and then the second half is absent. `on = False` leaves y = W x + b: the pre-trained layer.
+    A, B are fp32 parameters (A a buffer where it does not train: LoRA-FA). A0, B0 stand in W's dtype, and A, B start from exactly those values; B0 is
+    None where B starts at zero (LoRA), and then the second half is absent. `on = False` leaves y = W x + b: the pre-trained layer.
     """
 
-    def __init__(self, linear, A0, B0, s):
+    def __init__(self, linear, A0, B0, s, train_A=True):
         super().__init__()
         self.weight, self.bias, self.s, self.on = linear.weight, linear.bias, s, True
         zeros = A0.new_zeros(linear.out_features, A0.shape[0])
         self.register_buffer("A0", None if B0 is None else A0.to(linear.weight.dtype))
         self.register_buffer("B0", None if B0 is None else B0.to(linear.weight.dtype))
-        self.A = nn.Parameter((A0 if B0 is None else self.A0).to(torch.float32, copy=True))
+        A = (A0 if B0 is None else self.A0).to(torch.float32, copy=True)
+        if train_A:
+            self.A = nn.Parameter(A)
+        else:
+            self.register_buffer("A", A)
         self.B = nn.Parameter((zeros if B0 is None else self.B0).to(torch.float32, copy=True))
 
     def bracket(self):
@@ -101,6 +107,109 @@ class Bracket(torch.autograd.Function):
         return grad_x, grad_A.float(), grad_B.float(), None, None, None
 
 
+class DoRA(LowRank):
+    """y = m/n ∘ (W + s B A) x + b: m [out] trains beside A and B, n [out] are the row norms of W + s B A, constant in the backward pass (Liu et al. 2024, §4.3).
+
+    One magnitude for each output row, as in the authors' code. Computed as W x + b + (m/n - 1) W x + m/n s B A x, so that step 0, m = n and B = 0, changes no bit.
+    """
+
+    def __init__(self, linear, A0, B0, s):
+        super().__init__(linear, A0, None, s)
+        self.register_buffer("square", self.weight.float().square().sum(1))      # ‖w‖² of each row, [out]
+        self.m = nn.Parameter(self.norms().clone())
+
+    @torch.no_grad()
+    def norms(self):
+        """n² = ‖w‖² + 2 s b·(A w) + s² b A Aᵀ bᵀ for each row w of W and b of B, so nothing of size out × in is made. -> n [out], fp32, at least 1e-8."""
+        sB, A = self.s * self.B, self.A
+        WA = F.linear(A.to(self.weight.dtype), self.weight).float()              # [r, out]
+        return (self.square + 2 * (sB * WA.T).sum(1) + (sB @ (A @ A.T) * sB).sum(1)).clamp_min(1e-16).sqrt()
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        ratio, Wx = self.m / self.norms(), y if self.bias is None else y - self.bias
+        BAx = F.linear(F.linear(x, self.A.to(x.dtype)), (self.s * self.B).to(x.dtype))
+        return y + (ratio - 1).to(x.dtype) * Wx + ratio.to(x.dtype) * BAx
+
+    def merged(self):
+        """-> nn.Linear with diag(m/n) (W + s B A), in fp32, rounded once."""
+        V = self.weight.float() + self.s * self.B @ self.A
+        return plain_linear(((self.m / self.norms())[:, None] * V).to(self.weight.dtype), self.bias)
+
+
+class AdaLoRA(nn.Module):
+    """y = W x + b + s B (E ∘ A x), s = alpha / r0: r0 triplets of which `allocate` keeps the important ones by zeroing entries of E [r0] (Zhang et al. 2023).
+
+    E starts at zero. The averages of sensitivity I and of its uncertainty U, of A, B and E, are buffers.
+    """
+
+    def __init__(self, linear, A0, B0, s):
+        super().__init__()
+        self.weight, self.bias, self.s, self.on = linear.weight, linear.bias, s, True
+        self.A, self.B = nn.Parameter(A0.float()), nn.Parameter(B0.float())
+        self.E = nn.Parameter(torch.zeros_like(self.A[:, 0]))
+        for name in "ABE":
+            self.register_buffer(f"I_{name}", torch.zeros_like(getattr(self, name)))
+            self.register_buffer(f"U_{name}", torch.zeros_like(getattr(self, name)))
+
+    def bracket(self):
+        """-> s B E [out, r0], A [r0, in], fp32."""
+        return self.s * self.B * self.E, self.A
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        B, A = self.bracket()
+        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) if self.on else y
+
+    merged = LowRank.merged
+
+    @torch.no_grad()
+    def observe(self, beta):
+        """After an optimizer step, with its gradients still there: I ← β I + (1-β) |p ∂L/∂p|, U ← β U + (1-β) | |p ∂L/∂p| - I |."""
+        for name in "ABE":
+            p, I, U = (getattr(self, prefix + name) for prefix in ("", "I_", "U_"))
+            now = (p * p.grad).abs()
+            I.lerp_(now, 1 - beta)
+            U.lerp_((now - I).abs(), 1 - beta)
+
+    def importance(self):
+        """-> [r0]: I U of a triplet's entry of E, plus its means over the row of A and the column of B."""
+        return self.I_E * self.U_E + (self.I_A * self.U_A).mean(1) + (self.I_B * self.U_B).mean(0)
+
+
+class Houlsby(nn.Module):
+    """h + f(h) with h = inner(x), the dropout that ends attention or MLP; f(h) = Up SiLU(Down h) (Houlsby et al. 2019; SiLU as in AdaLoRA's comparison).
+
+    Down [r, d] and Up [d, r] have biases and are fp32. Up starts at zero, so step 0 is the pre-trained network.
+    """
+    act = staticmethod(F.silu)
+
+    def __init__(self, inner, d, r, rng):
+        super().__init__()
+        self.inner, self.on = inner, True
+        self.down = nn.Parameter(torch.empty(r, d, device=rng.device).normal_(0, 0.02, generator=rng))
+        self.down_bias, self.up, self.up_bias = (nn.Parameter(torch.zeros(size)) for size in (r, (d, r), d))
+
+    def f(self, h):
+        down, down_bias, up, up_bias = (p.to(h.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
+        return F.linear(self.act(F.linear(h, down, down_bias)), up, up_bias)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return h + self.f(h) if self.on else h
+
+
+class Pfeiffer(Houlsby):
+    """LN( f(LN u) + u ) in place of the MLP's LN u, u = h + x, the same frozen LN twice; f(z) = Up ReLU(Down z) (Pfeiffer et al. 2021)."""
+    act = staticmethod(F.relu)
+
+    def forward(self, u):
+        z = self.inner(u)
+        return self.inner(self.f(z) + u) if self.on else z
+
+
 class BiasOffset(nn.Module):
     """y = inner(x) + Δb beside a linear layer or a LayerNorm; Δb [out] is fp32 and starts at zero (BitFit, Ben Zaken et al. 2022)."""
 
@@ -127,7 +236,7 @@ def plain_linear(weight, bias):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Initialisations: (W [out, in], r, s, rng, ...) -> A0 [r, in], B0 [out, r] or None for zeros
+# Initialisations: (W [out, in], r, s, rng, stat=what `statistics` found, ...) -> A0 [r, in], B0 [out, r] or None for zeros
 
 def init_lora(W, r, s, rng, **_):
     """A ~ U(-1/√in, 1/√in), B = 0 (Hu et al. 2021)."""
@@ -135,11 +244,9 @@ def init_lora(W, r, s, rng, **_):
     return torch.empty(r, W.shape[1], device=rng.device).uniform_(-bound, bound, generator=rng).to(W.device), None
 
 
-def init_pissa(W, r, s, rng, niter=10, oversample=8):
+def init_pissa(W, r, s, rng, niter=10, oversample=8, **_):
     """The r largest singular triplets: A0 = √(S/s) Vᵀ, B0 = U √(S/s), so that s B0 A0 is W's best rank-r part (Meng et al. 2024)."""
-    U, S, Vt = top_svd(W.float(), r, niter, oversample, rng)
-    root = (S / s).sqrt()
-    return root[:, None] * Vt, U * root
+    return split(*top_svd(W.float(), r, niter, oversample, rng), s)
 
 
 def top_svd(W, r, niter, oversample, rng):
@@ -166,24 +273,211 @@ def top_svd(W, r, niter, oversample, rng):
     return (Vt.T, S, U.T) if wide else (U, S, Vt)
 
 
+def init_milora(W, r, s, rng, **_):
+    """The r smallest singular triplets, by the exact SVD (Wang et al. 2024)."""
+    U, S, Vt = exact_svd(W, rng)
+    return split(U[:, -r:], S[-r:], Vt[-r:], s)
+
+
+def init_adalora(W, r, s, rng, **_):
+    """A, B ~ N(0, 0.02²); what makes the start zero is E (Zhang et al. 2023)."""
+    draw = lambda *shape: torch.empty(shape, device=rng.device).normal_(0, 0.02, generator=rng).to(W.device)
+    return draw(r, W.shape[1]), draw(W.shape[0], r)
+
+
+def init_lora_ga(W, r, s, rng, stat=None, gamma=16.0, **_):
+    """From the gradient G = ∂L/∂W (stat) = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ; no singular value enters (Wang et al. 2024, "stable").
+
+    With it the first step's change of s B A is the best rank-2r approximation of G. Needs 2r ≤ min(out, in).
+    """
+    if 2 * r > min(W.shape):
+        raise ValueError(f"lora-ga: r={r} needs 2r singular directions, and a layer is {list(W.shape)}; choose r of at most {min(W.shape) // 2}")
+    U, _, Vt = top_svd(stat.to(W.device), 2 * r, 4, 2 * r, rng)
+    c = W.shape[0] ** 0.25 / math.sqrt(gamma)
+    return c * Vt[:r], c * U[:, r:]
+
+
+def init_corda(W, r, s, rng, stat=None, keep="first", **_):
+    """From the inputs' covariance C (stat): W C̃ = U S Qᵀ, Vᵀ = Qᵀ C̃⁻¹; the first r triplets (IPM: adapt what the inputs use) or the last r (KPM: leave that alone)
+    (Yang et al. 2024). C = I gives PiSSA and MiLoRA."""
+    U, S, Vt = context_svd(W, stat, rng)
+    part = slice(None, r) if keep == "first" else slice(-r, None)
+    return split(U[:, part], S[part], Vt[part], s)
+
+
+def split(U, S, Vt, s):
+    """s B0 A0 = U S Vᵀ, the singular values shared evenly."""
+    root = (S / s).sqrt()
+    return root[:, None] * Vt, U * root
+
+
+def exact_svd(W, rng):
+    return tuple(t.to(W.device) for t in torch.linalg.svd(W.float().to(rng.device), full_matrices=False))
+
+
+def context_svd(W, C, rng):
+    """-> U, S of W C̃, and Vᵀ = Qᵀ C̃⁻¹, so that U S Vᵀ = W."""
+    damped, inverse = damp(C.to(rng.device).float())
+    U, S, Qt = exact_svd(W.float().to(rng.device) @ damped, rng)
+    return U.to(W.device), S.to(W.device), (Qt @ inverse).to(W.device)
+
+
+def damp(C, share=0.01):
+    """C̃ = C + share · mean(diag C) · I, the share doubled until C̃ C̃⁻¹ is I to 0.05. [in, in] -> C̃, C̃⁻¹. Raises ValueError where nothing helps."""
+    I = torch.eye(len(C), device=C.device)
+    for _ in range(12 if C.isfinite().all() and C.diag().mean() > 0 else 0):
+        damped = C + share * C.diag().mean() * I
+        inverse = torch.linalg.inv_ex(damped).inverse
+        if (damped @ inverse - I).norm() < 0.05:
+            return damped, inverse
+        share *= 2
+    raise ValueError("corda: a layer's covariance is zero or not finite, or cannot be inverted; look at the calibration rows")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics that two initialisations need. `calibrate(round)` runs the model on calibration rows, one row at a time; for gradients it goes backward too.
+
+def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False):
+    """Yield (layer name, [its statistic of every round]), the layers taken in groups whose statistics fit into `gib` GiB: calibrate runs once a group and round."""
+    size = lambda name: 4 * math.prod(model.get_submodule(name).weight.shape) if needs is gradients else 4 * model.get_submodule(name).weight.shape[1] ** 2
+    groups, room = [], 0
+    for name in names:
+        if not groups or size(name) * rounds > room:
+            groups.append([])
+            room = gib * 2**30
+        groups[-1].append(name)
+        room -= size(name) * rounds
+    for group in tqdm(groups, desc=f"{needs.__name__} of {len(names)} layers", unit="group", disable=not progress):
+        each = []
+        for i in range(rounds):
+            with needs(model, group) as found:
+                calibrate(i)
+            each.append(found)
+        empty = [name for name in group if any(name not in found for found in each)]
+        if empty:
+            raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{' backward' * (needs is gradients)}?")
+        for name in group:
+            yield name, [found.pop(name) for found in each]
+
+
+@contextmanager
+def gradients(model, names):
+    """Within it, backward passes add up ∂L/∂W of the named layers, and of no other weight. -> {name: G [out, in], fp32 on the CPU}, filled as they come."""
+    found, hooks, trained = {}, [], [p for p in model.parameters() if p.requires_grad]
+
+    def take(p, name):
+        found[name] = found.get(name, 0) + p.grad.float().cpu()
+        p.grad = None
+    model.requires_grad_(False)
+    for name in names:
+        W = model.get_submodule(name).weight.requires_grad_(True)
+        hooks.append(W.register_post_accumulate_grad_hook(lambda p, name=name: take(p, name)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def covariances(model, names):
+    """Within it, forward passes add up x̃ᵀ x̃ of the named layers' inputs x [1, L, in], x̃ = x / |max x|. -> {name: C [in, in], fp32}, in the end their mean over calls.
+
+    A call without a batch dimension (DeBERTa's projections read positions too) does not count.
+    """
+    found, calls, hooks = {}, Counter(), []
+
+    def take(x, name):
+        if x.dim() == 3:
+            x = x.detach().flatten(0, 1).float()
+            x = x / x.max().abs()
+            found[name] = found.get(name, 0) + x.T @ x
+            calls[name] += 1
+    for name in names:
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: take(args[0], name)))
+    try:
+        with torch.no_grad():
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, C in found.items():
+            C /= calls[name]
+
+
+# CorDA++ (Yang et al. 2025, arXiv 2506.13187, Eq. 7-10): which covariance a layer takes, and how many directions
+
+def compactness(C, out):
+    """log π(C) of the damped covariance, π = √(out · σ_max) / σ_min: lower is more compact."""
+    sigma = torch.linalg.eigvalsh(damp(C.float())[0])
+    return (0.5 * (math.log(out) + sigma[-1].log()) - sigma[0].clamp_min(1e-30).log()).item()
+
+
+def choose_covariance(W, candidates, rng):
+    """Eq. 7-8: of a layer's covariances the one with the smallest log π(C) · Σ_i σ_i / σ_max, σ of W C̃. -> C, its log π, σ [min(out, in)]."""
+    best = None
+    for C in candidates:
+        log_pi, sigma = compactness(C.to(rng.device), W.shape[0]), context_svd(W, C, rng)[1].cpu()
+        score = log_pi * (sigma.sum() / sigma[0]).item()
+        if best is None or score < best[0]:
+            best = score, C, log_pi, sigma
+    return best[1:]
+
+
+def allocate_ranks(spectra, log_pi, width, budget, keep):
+    """Eq. 9-10: rank of each layer within `budget` parameters. spectra {name: σ [R], falling}, width {name: in + out}. -> {name: rank of the adapter}.
+
+    n smallest directions are filtered out of each layer, from n = 1 on: always one more from the layer with the lowest log π · σ_-n / Σ_{k≤R-n} σ_k. keep "last"
+    (KPM): they become the adapter, until the budget is passed; "first" (IPM): the others do, until they fit into it.
+    """
+    n, tail, head = dict.fromkeys(spectra, 1), *({name: f(sigma.double()).tolist() for name, sigma in spectra.items()} for f in (torch.clone, lambda t: t.cumsum(0)))
+    score = lambda name: log_pi[name] * tail[name][-n[name]] / head[name][-1 - n[name]]
+    rank = (lambda name: n[name]) if keep == "last" else lambda name: len(spectra[name]) - n[name]
+    heap, used = [(score(name), name) for name in spectra], sum(width[name] * rank(name) for name in spectra)
+    heapq.heapify(heap)
+    while heap and (used <= budget if keep == "last" else used >= budget):
+        _, name = heapq.heappop(heap)
+        n[name] += 1
+        used += width[name] if keep == "last" else -width[name]
+        if n[name] < len(spectra[name]) - 1:
+            heapq.heappush(heap, (score(name), name))
+    return {name: rank(name) for name in spectra}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of methods
 
 @dataclass(frozen=True)
 class Method:
-    """What distinguishes a method: the layer it puts in place of a linear one, how that starts, whether the poster's λ are its default."""
+    """What distinguishes a method."""
     what: str
-    layer: type | None = LowRank      # None: no new layers, every weight trains
-    init: callable = None             # one of the functions above, for LowRank
-    regularized: bool = False
+    layer: type | None = LowRank      # what stands in place of a layer; None: nothing, every weight trains
+    init: callable = None             # how its A0, B0 are made, one of the functions above
+    needs: callable = None            # what is measured first, on calibration rows: gradients or covariances
+    train_A: bool = True              # False: only B trains
+    groups: bool = False              # B and vectors have a learning rate of their own, LoRA+'s ratio times A's
+    regularized: bool = False         # the poster's λ are its default
 
 
 METHODS = {
-    "full":   Method("every weight", layer=None),
-    "lora":   Method("W + s B A, B starts at zero", init=init_lora),
-    "pissa":  Method("W + s (B A - B0 A0), (A0, B0) the largest singular triplets", init=init_pissa),
-    "balora": Method("PiSSA + consistency, diversity and SVD regularizers", init=init_pissa, regularized=True),
-    "bitfit": Method("every bias b + Δb, linear layers and norms", layer=BiasOffset),
+    "full":     Method("every weight", layer=None),
+    "lora":     Method("W + s B A, B starts at zero", init=init_lora),
+    "lora+":    Method("LoRA, B learning faster than A", init=init_lora, groups=True),
+    "lora-fa":  Method("LoRA, A stays as drawn", init=init_lora, train_A=False),
+    "lora-ga":  Method("W + s (B A - B0 A0), (A0, B0) singular vectors of the gradient", init=init_lora_ga, needs=gradients),
+    "adalora":  Method("W + s B E A, ranks shared out by importance", layer=AdaLoRA, init=init_adalora),
+    "dora":     Method("m/n ∘ (W + s B A), magnitude and direction apart", layer=DoRA, init=init_lora),
+    "pissa":    Method("W + s (B A - B0 A0), (A0, B0) the largest singular triplets", init=init_pissa),
+    "milora":   Method("W + s (B A - B0 A0), (A0, B0) the smallest singular triplets", init=init_milora),
+    "corda":    Method("W + s (B A - B0 A0), (A0, B0) triplets of W C, C the inputs' covariance", init=init_corda, needs=covariances),
+    "corda++":  Method("CorDA, covariance and rank chosen for each layer", init=init_corda, needs=covariances),
+    "balora":   Method("PiSSA + consistency, diversity and SVD regularizers", init=init_pissa, regularized=True),
+    "bitfit":   Method("every bias b + Δb, linear layers and norms", layer=BiasOffset),
+    "hadapter": Method("h + Up SiLU(Down h) behind attention and MLP", layer=Houlsby),
+    "padapter": Method("a bottleneck around the norm behind the MLP", layer=Pfeiffer),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -209,43 +503,48 @@ class Report:
         return "\n".join([title, *rows, share + (f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else "")])
 
 
-def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter=10, oversample=8, frozen_copy=False, progress=False):
+def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter=10, oversample=8, frozen_copy=False, progress=False, calibrate=None, rounds=5,
+           keep="first", gamma=16.0, correct_B=False):
     """Freeze `model` and make it trainable by `method`. Any module that holds nn.Linear layers will do. Submodules that it names in `trained_whole`
     (a classification head) train too.
 
-    alpha: the bracket counts s = alpha / r (None: alpha = r). targets: names or patterns of layers ("q_proj",
-    "layers.0.*"); None: the seven projections. niter, oversample: the fast SVD, see `top_svd` (niter 0: exact). frozen_copy:
-    for "full", keep the pre-trained weights too, which `teacher` needs there. -> Report.
-    Raises ValueError: unknown method, r or alpha out of range, a pattern that matches nothing, a second attach.
+    r: rank; of bottleneck adapters their width; AdaLoRA starts at 1.5 r and ends at r on average. alpha: the bracket counts s = alpha / r (None: alpha = r).
+    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections. niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
+    frozen_copy: for "full", keep the pre-trained weights too, which `teacher` needs there. calibrate(round): runs the model on rows, see `statistics`;
+    LoRA-GA and CorDA need it (CorDA++ `rounds` times, and a second time once the ranks are known). keep: of CorDA's triplets, "first" (IPM) or "last" (KPM). gamma: LoRA-GA's γ.
+    correct_B: LoRA-FA's second version. -> Report.
+    Raises ValueError: unknown method, r or alpha out of range, a pattern that matches nothing, no calibration, a second attach.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; {nearest(method, METHODS)}known: {', '.join(METHODS)}")
     alpha = r if alpha is None else alpha
-    if r < 1 or alpha <= 0:
-        raise ValueError(f"r={r}, alpha={alpha}: r must be at least 1 and alpha above 0")
+    if r < 1 or alpha <= 0 or keep not in ("first", "last"):
+        raise ValueError(f"r={r}, alpha={alpha}, keep={keep}: r must be at least 1, alpha above 0, keep first or last")
     if adapted_layers(model) or hasattr(model, "pretrained"):
         raise ValueError("this model already has an adapter: merge it first, or load the model anew")
-    report = Report(method, r, alpha, total=sum(p.numel() for p in model.parameters()))
-    layer, init = METHODS[method].layer, METHODS[method].init
-    if layer is None:
+    report, m = Report(method, r, alpha, total=sum(p.numel() for p in model.parameters())), METHODS[method]
+    device = next(iter(model.parameters())).device
+    rng = torch.Generator("cpu" if device.type in ("mps", "meta") else device).manual_seed(seed)         # MPS has no SVD
+    if m.layer is None:
         model.requires_grad_(True)
         model.pretrained = {name: p.detach().clone() for name, p in model.named_parameters()} if frozen_copy else None
     else:
         model.requires_grad_(False)
-        report.matched = match(model, targets, biases=layer is BiasOffset)
-        names = dict.fromkeys(name for names in report.matched.values() for name in names)
-        if init:
-            small = {name: min(model.get_submodule(name).weight.shape) for name in names}
-            if r > min(small.values()):
-                raise ValueError(f"r={r} is above the smallest dimension of {min(small, key=small.get)} ({min(small.values())}); choose a smaller r")
-        device = next(iter(model.parameters())).device
-        rng = torch.Generator("cpu" if device.type in ("mps", "meta") else device).manual_seed(seed)     # MPS has no SVD
-        init = shapes_only(init) if init and device.type == "meta" else init
-        for name in tqdm(names, desc=f"{method} initialisation", unit="layer", disable=not (progress and init)):
-            linear = model.get_submodule(name)
-            if init:
-                A0, B0 = init(linear.weight.detach(), r, alpha / r, rng, niter=niter, oversample=oversample)
-            replace(model, name, layer(linear, A0, B0, alpha / r) if init else layer(linear))
+        report.matched = match(model, targets, m.layer)
+        names = list(dict.fromkeys(name for names in report.matched.values() for name in names))
+        bar = lambda items: tqdm(items, desc=f"{method} initialisation", unit="layer", total=len(names), disable=not (progress and m.init))
+        if m.init:
+            options = dict(niter=niter, oversample=oversample, keep=keep, gamma=gamma)
+            start = starts(model, method, names, r, alpha / r, rng, calibrate, rounds, progress, options)
+            for name, (A0, B0) in (list if m.needs else iter)(bar(start)):       # what is measured is the plain network
+                s = alpha / (len(A0) + 1e-5) if m.layer is AdaLoRA else alpha / r
+                replace(model, name, m.layer(model.get_submodule(name), A0, B0, s, *([] if m.train_A else [False])))
+        else:
+            for name in names:
+                inner = model.get_submodule(name)
+                replace(model, name, m.layer(inner) if m.layer is BiasOffset else m.layer(inner, model.width, r, rng).to(device))
+        if correct_B:
+            correct(model)
         for module in whole(model).values():
             module.requires_grad_(True)
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -253,36 +552,70 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
     return report
 
 
+def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options):
+    """Yield (name, (A0, B0)) of each layer, measuring first what the method needs."""
+    m, W = METHODS[method], lambda name: model.get_submodule(name).weight.detach()
+    ranks = dict.fromkeys(names, math.ceil(1.5 * r) if m.layer is AdaLoRA else r)
+    small = min(names, key=lambda name: min(W(name).shape))
+    if ranks[small] > min(W(small).shape):
+        raise ValueError(f"r={ranks[small]} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r")
+    if next(iter(model.parameters())).is_meta:                                   # a dry run: shapes only
+        zero = m.init is init_lora
+        yield from ((name, (W(name).new_empty(ranks[name], W(name).shape[1]), None if zero else W(name).new_empty(W(name).shape[0], ranks[name]))) for name in names)
+        return
+    stats = ((name, [None]) for name in names)
+    if m.needs:
+        if calibrate is None:
+            raise ValueError(f"{method} starts from {m.needs.__name__}: attach(..., calibrate=function that runs the model on some rows)")
+        measure = lambda: statistics(model, names, m.needs, calibrate, rounds if method == "corda++" else 1, progress=progress)
+        stats = measure()
+        if method == "corda++":
+            chosen = {name: choose_covariance(W(name), found, rng)[1:] for name, found in stats}     # log π, σ
+            width = {name: sum(W(name).shape) for name in names}
+            ranks = allocate_ranks({name: sigma for name, (_, sigma) in chosen.items()}, {name: log_pi for name, (log_pi, _) in chosen.items()}, width,
+                                   r * sum(width.values()), options["keep"])
+            stats = ((name, [choose_covariance(W(name), found, rng)[0]]) for name, found in measure())
+    for name, (stat,) in stats:
+        yield name, m.init(W(name), ranks[name], s, rng, stat=stat, **options)
+
+
+def correct(model):
+    """LoRA-FA's second version (arXiv 2308.03303v2): B's gradient times (A Aᵀ)⁻¹ / s², which makes the step of s B A the closest one to full tuning's."""
+    for layer in adapted_layers(model).values():
+        P = torch.linalg.inv(layer.A.double() @ layer.A.double().T + 1e-8 * torch.eye(len(layer.A), dtype=torch.float64, device=layer.A.device)) / layer.s**2
+        layer.B.register_hook(lambda g, P=P.to(layer.B): g @ P)
+
+
 def whole(model):
     """-> {name: submodule} that trains whole beside any method: a classification head."""
     return {name: model.get_submodule(name) for name in getattr(model, "trained_whole", ()) if hasattr(model, name)}
 
 
-def shapes_only(init):
-    """An initialisation for a network on the meta device (a dry run)."""
-    return lambda W, r, *_, **__: (W.new_empty(r, W.shape[1]), None if init is init_lora else W.new_empty(W.shape[0], r))
-
-
-def match(model, targets, biases=False):
-    """-> {pattern: names of the nn.Linear layers it matches}; default: those of TARGETS that the model has. biases: of all layers and norms with a bias."""
-    layers = adaptable(model, biases)
-    leaves = sorted({n.rsplit(".", 1)[-1] for n in layers})
-    patterns = targets or (leaves if biases else TARGETS)
-    found = {t: [n for n in layers if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in patterns}
+def match(model, targets, layer=LowRank):
+    """-> {pattern: names of the places it matches}; default for low-rank layers: those of TARGETS that the model has, otherwise every place there is for `layer`."""
+    places, what = adaptable(model, layer)
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in places})
+    patterns = targets or (TARGETS if layer in LINEAR else leaves)
+    found = {t: [n for n in places if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in patterns}
     if targets is None:
         found = {t: names for t, names in found.items() if names}
     empty = [t for t, names in found.items() if not names]
     if empty or not found:
-        what = "layers with a bias" if biases else "linear layers"
-        raise ValueError(f"targets: nothing matches {', '.join(empty or patterns) or 'any bias'}; the model's {what} are {', '.join(leaves) or 'none'}")
+        raise ValueError(f"targets: nothing matches {', '.join(empty or patterns) or 'any'}; the model's {what} are {', '.join(leaves) or 'none'}")
     return found
 
 
-def adaptable(model, biases=False):
-    """Names of the linear layers (biases: of layers and norms with a bias) that an adapter may stand beside."""
+LINEAR = (LowRank, DoRA, AdaLoRA)
+
+
+def adaptable(model, layer=LowRank):
+    """-> names of the places where `layer` may stand, what they are."""
+    if layer in (Houlsby, Pfeiffer):
+        return list(getattr(model, "bottlenecks", {}).get(layer.__name__, ())), "places for bottleneck adapters (which belong to post-norm encoders)"
     closed = (*getattr(model, "not_adapted", ()), *whole(model))
-    fits = (lambda m: isinstance(m, nn.Linear | nn.LayerNorm) and m.bias is not None) if biases else lambda m: isinstance(m, nn.Linear)
-    return [name for name, m in model.named_modules() if fits(m) and not any(f"{name}.".startswith(f"{c}.") for c in closed)]
+    fits, what = (lambda m: isinstance(m, nn.Linear), "linear layers") if layer in LINEAR else \
+        (lambda m: isinstance(m, nn.Linear | nn.LayerNorm) and m.bias is not None, "layers with a bias")
+    return [name for name, m in model.named_modules() if fits(m) and not any(f"{name}.".startswith(f"{c}.") for c in closed)], what
 
 
 def replace(model, name, module):
@@ -292,7 +625,7 @@ def replace(model, name, module):
 
 def adapted_layers(model):
     """-> {name: adapted layer}"""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRank | BiasOffset)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, (*LINEAR, Houlsby, BiasOffset))}
 
 
 def nearest(word, known):
@@ -331,8 +664,13 @@ def teacher(model):
 
 
 def merge(model):
-    """Fold every bracket into its W, every Δb into its b, and put plain layers back. -> how many. A second call finds none and does nothing."""
+    """Fold every bracket into its W, every Δb into its b, and put plain layers back. -> how many. A second call finds none and does nothing.
+
+    Raises ValueError for bottleneck adapters, which are no linear map.
+    """
     layers = adapted_layers(model)
+    if any(isinstance(layer, Houlsby) for layer in layers.values()):
+        raise ValueError("merge: a bottleneck adapter has a nonlinearity, so no weight can take it in; keep the adapter beside the model")
     for name, layer in layers.items():
         with torch.no_grad():
             replace(model, name, layer.merged())
@@ -537,6 +875,64 @@ def head_factor(E):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Optimizer groups; AdaLoRA's budget
+
+def param_groups(named, method="lora", ratio=16.0, weight_decay=0.0):
+    """{name: trainable tensor} -> AdamW's groups. The rate of a group is the schedule's times its "ratio": 1, but `ratio` for LoRA+'s B and vectors (Hayou et al. 2024).
+
+    LoRA+ gives biases and norms no weight decay, as in its authors' code.
+    """
+    if not METHODS[method].groups:
+        return [dict(params=list(named.values()), ratio=1.0, weight_decay=weight_decay)]
+    fast = {name for name, p in named.items() if p.dim() == 1 or name.endswith(".B")}
+    still = {name for name in fast if name.endswith("bias") or "norm" in name}
+    parts = ((named.keys() - fast, 1.0, weight_decay), (fast - still, ratio, weight_decay), (still, ratio, 0.0))
+    return [dict(params=[named[name] for name in named if name in part], ratio=scale, weight_decay=decay) for part, scale, decay in parts if part]
+
+
+def orthogonality(model):
+    """AdaLoRA's regularizer: the mean over all A and B of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F (its code; the paper has squares and a sum). -> scalar ≥ 0"""
+    layers = [m for m in adapted_layers(model).values() if isinstance(m, AdaLoRA)]
+    gap = lambda G: (G - torch.eye(len(G), device=G.device)).norm()
+    return sum(gap(m.A @ m.A.T) + gap(m.B.T @ m.B) for m in layers) / (2 * len(layers))
+
+
+def budget(step, max_iters, t_i, t_f, b0, bT):
+    """AdaLoRA's number of triplets after 0-based `step`: b0 up to t_i, falling by a cube to bT at max_iters - t_f."""
+    if step <= t_i:
+        return b0
+    if step > max_iters - t_f:
+        return bT
+    return int(bT + (b0 - bT) * (1 - (step - t_i) / (max_iters - t_f - t_i)) ** 3)
+
+
+def check_budget(max_iters, t_i, t_f, every):
+    """Raises ValueError where AdaLoRA's schedule does not fit into the run."""
+    if not (1 <= t_i and 1 <= t_f and t_i + t_f < max_iters and 1 <= every <= max_iters - t_f - t_i):
+        raise ValueError(f"adalora: {t_i} first and {t_f} last steps at a fixed budget, a cut every {every} steps: together they must fit into the run's {max_iters} steps, each at least 1")
+
+
+@torch.no_grad()
+def allocate(model, step, max_iters, r, t_i, t_f, every, beta=0.85):
+    """AdaLoRA, after optimizer.step() of 0-based `step` and before gradients are cleared: keep the budget's most important triplets, zero the others' E.
+
+    Between cuts an E may grow again. r: the mean rank at the end. -> the budget, how many E are not zero.
+    """
+    layers = [m for m in adapted_layers(model).values() if isinstance(m, AdaLoRA)]
+    if step < max_iters - t_f:
+        for m in layers:
+            m.observe(beta)
+    b0 = sum(len(m.E) for m in layers)
+    b = budget(step, max_iters, t_i, t_f, b0, r * len(layers))
+    if (t_i < step <= max_iters - t_f and step % every == 0 or step > max_iters - t_f) and b < b0:
+        scores = [m.importance() for m in layers]
+        threshold = torch.cat(scores).kthvalue(b0 - b).values
+        for m, score in zip(layers, scores):
+            m.E[score <= threshold] = 0
+    return b, sum(int(m.E.count_nonzero()) for m in layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Schedules: the step counts from 0
 
 def lambda_schedule(step, max_iters, lambdas):
@@ -574,48 +970,76 @@ def write_atomic(path, write):
 
 
 def save_adapter(model, folder, base=None):
-    """Write the adapter as a plain LoRA for the *original* checkpoint, under the checkpoint's own layer names.
+    """Write the adapter for the *original* checkpoint, under the checkpoint's own layer names: a plain LoRA wherever there is a low-rank change of W.
 
-    B0 zero: lora_A = A, lora_B = B, rank r. Otherwise lora_A = [A; ΔA], lora_B = [ΔB, B0], rank 2r, alpha 2·alpha. Not
-    [A; A0], [B, -B0]: that cancels as soon as somebody casts it to 16 bits. BitFit's offsets stand as bias_offset (peft has no such
-    method, so only `load_adapter` reads them). A head that trained whole is saved beside, as peft's modules_to_save. base: what to name as the base model.
+    B0 zero: lora_A = A, lora_B = B, rank r. Otherwise lora_A = [A; ΔA], lora_B = [ΔB, B0], rank 2r, alpha 2·alpha. Not [A; A0], [B, -B0]: that cancels as soon as
+    somebody casts it to 16 bits. AdaLoRA: the triplets it kept, E in lora_B; layers that kept none are left out. DoRA as peft's, with its magnitudes. BitFit's
+    offsets and bottleneck adapters have no form in peft: only `load_adapter` reads them. A head that trained whole is saved beside, as peft's modules_to_save.
+    base: what to name as the base model.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("save_adapter: the model has no adapter (a fully tuned model is saved whole, by model.save)")
-    public = getattr(model, "checkpoint_name", lambda name: name)
-    state, (first, *_) = {}, layers.values()
-    for name, layer in layers.items():
-        if isinstance(layer, BiasOffset):
-            state[f"{public(name)}.bias_offset"] = layer.offset
-        else:
-            B, A = layer.bracket()
-            state |= {f"{public(name)}.lora_A.weight": A, f"{public(name)}.lora_B.weight": B / layer.s}
+    public = public_name(model)
+    kind = type(next(iter(layers.values())))
+    state = {f"{public(name)}.{leaf}": t for name, layer in layers.items() for leaf, t in saved_tensors(layer).items()}
     head = {f"{name}.{leaf}": p for name, module in whole(model).items() for leaf, p in module.state_dict().items()}
     state |= {public(name): p for name, p in head.items()}
     modules = dict.fromkeys(public(name).rpartition(".")[0] for name in head)
     saved_whole = dict.fromkeys(m.rpartition(".")[0] or m for m in modules)
     config = dict(base_model_name_or_path=base, task_type="SEQ_CLS" if head else "CAUSAL_LM", bias="none", inference_mode=True, modules_to_save=list(saved_whole) or None)
-    if isinstance(first, BiasOffset):
-        form, config = "bias_offset = Δb, to be added to the layer's bias", config | dict(peft_type="BITFIT")
+    if kind in LINEAR:
+        twice = any(layer.B0 is not None for layer in layers.values()) if kind is LowRank else False
+        form = "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint" if twice else "lora_A = A, lora_B = B"
+        ranks = {name: rank for name, layer in layers.items() if (rank := len(saved_tensors(layer)["lora_A.weight"]) if saved_tensors(layer) else 0)}
+        config |= lora_config(model, {public(n): r for n, r in ranks.items()}, {public(n): layers[n].s * r for n, r in ranks.items()}, kind is DoRA)
     else:
-        form = "lora_A = A, lora_B = B" if first.B0 is None else "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint"
-        ranks = {public(name): layer.A.shape[0] * (1 if layer.B0 is None else 2) for name, layer in layers.items()}
-        alphas = {public(name): layer.s * ranks[public(name)] for name, layer in layers.items()}
-        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-        leaves = {public(name).rsplit(".", 1)[-1] for name in layers}
-        others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and public(n).rsplit(".", 1)[-1] in leaves]
-        config |= dict(peft_type="LORA", r=rank, lora_alpha=alpha, lora_dropout=0.0, rank_pattern={name: r for name, r in ranks.items() if r != rank},
-                       alpha_pattern={name: a for name, a in alphas.items() if a != alpha}, target_modules=sorted(map(public, layers) if others else leaves),
-                       fan_in_fan_out=False, use_rslora=False)
+        form, config = OWN_FORMS[kind][1], config | dict(peft_type=OWN_FORMS[kind][0])
     os.makedirs(folder, exist_ok=True)
     state = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in state.items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt", "form": form})))
     write_atomic(os.path.join(folder, "adapter_config.json"), lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
+OWN_FORMS = {                         # what peft has no form for: peft_type, what the file holds
+    BiasOffset: ("BITFIT", "bias_offset = Δb, to be added to the layer's bias"),
+    Houlsby: ("HOULSBY", "h + up SiLU(down h + down_bias) + up_bias behind a dropout"),
+    Pfeiffer: ("PFEIFFER", "LN(f(LN u) + u), f(z) = up ReLU(down z + down_bias) + up_bias, in place of LN u"),
+}
+
+
+def public_name(model):
+    """-> function: our name of a module -> the checkpoint's, or our own where the checkpoint has none (a dropout)."""
+    return lambda name: getattr(model, "checkpoint_name", lambda name: name)(name) or name
+
+
+@torch.no_grad()
+def saved_tensors(layer):
+    """-> {leaf: tensor} of an adapted layer as it stands in the file."""
+    if isinstance(layer, BiasOffset):
+        return {"bias_offset": layer.offset}
+    if isinstance(layer, Houlsby):
+        return {leaf: getattr(layer, leaf) for leaf in ("down", "down_bias", "up", "up_bias")}
+    B, A = layer.bracket()
+    if isinstance(layer, AdaLoRA):
+        kept = layer.E != 0
+        return {"lora_A.weight": A[kept], "lora_B.weight": B[:, kept] / layer.s} if kept.any() else {}
+    return {"lora_A.weight": A, "lora_B.weight": B / layer.s} | ({"lora_magnitude_vector": layer.m} if isinstance(layer, DoRA) else {})
+
+
+def lora_config(model, ranks, alphas, dora):
+    """peft's fields for layers {checkpoint's name: rank}, {name: alpha}; what is not the most common rank goes into the patterns, under full names."""
+    public = public_name(model)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas))
+    leaves = {name.rsplit(".", 1)[-1] for name in ranks}
+    others = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, *LINEAR)) and public(n) not in ranks and public(n).rsplit(".", 1)[-1] in leaves]
+    return dict(peft_type="LORA", r=rank, lora_alpha=alpha, lora_dropout=0.0, rank_pattern={n: r for n, r in ranks.items() if r != rank},
+                alpha_pattern={n: a for n, a in alphas.items() if a != alpha}, target_modules=sorted(ranks if others else leaves), fan_in_fan_out=False,
+                use_rslora=False, use_dora=dora)
+
+
 def load_adapter(model, folder):
-    """Put a LoRA in peft's folder format (ours or peft's own), or BitFit's offsets, on a model that has none. -> number of layers. A LoRA is a plain one afterwards.
+    """Put a LoRA or a DoRA in peft's folder format (ours or peft's own), or one of our own forms, on a model that has none. -> number of layers. A low-rank change is a plain LoRA afterwards.
 
     Raises ValueError: another method, a variant that is more than s B A, layers missing or unknown, shapes that do not fit.
     """
@@ -624,47 +1048,56 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder}: no adapter_config.json; expected a folder in peft's format")
     with open(path) as f:
         config = json.load(f)
-    extra = [k for k in ("use_dora", "fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
+    extra = [k for k in ("fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
     if str(config.get("init_lora_weights")).split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
         raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights that initialisation changed; "
                          "convert it in peft (save_pretrained with path_initial_model_for_weight_conversion)")
-    if config.get("peft_type") not in ("LORA", "BITFIT") or extra:
-        raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; plain LoRA (and this project's BitFit) can be loaded")
+    kinds = {"LORA": DoRA if config.get("use_dora") else LowRank} | {name: kind for kind, (name, _) in OWN_FORMS.items()}
+    kind = kinds.get(config.get("peft_type"))
+    if kind is None or extra:
+        raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; plain LoRA, DoRA and this project's own forms can be loaded")
     if adapted_layers(model):
         raise ValueError("load_adapter: this model already has an adapter: merge it first, or load the model anew")
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
         state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
-    public = getattr(model, "checkpoint_name", lambda name: name)
+    public = public_name(model)
     head = {public(f"{name}.{leaf}"): p for name, module in whole(model).items() for leaf, p in module.state_dict(keep_vars=True).items()}
     for name in head.keys() & state.keys():
         if state[name].shape != head[name].shape:
             raise ValueError(f"{folder}: {name} has shape {list(state[name].shape)}, the model's is {list(head[name].shape)}; another number of classes?")
         head[name].data = state.pop(name).to(head[name])
-    bitfit = config["peft_type"] == "BITFIT"
-    leaves = ("bias_offset",) if bitfit else ("lora_A.weight", "lora_B.weight")
-    ours = {public(name): name for name in adaptable(model, bitfit)}
-    layers = dict.fromkeys(re.sub(r"\.(lora_[AB]\.weight|bias_offset)$", "", key) for key in state)
+    ours, leaves = {public(name): name for name in adaptable(model, kind)[0]}, LEAVES[kind]
+    layers = dict.fromkeys(re.sub(rf"\.({'|'.join(map(re.escape, leaves))})$", "", key) for key in state)
     wrong = [n for n in layers if n not in ours] + [k for n in layers for k in (f"{n}.{leaf}" for leaf in leaves) if k not in state]
     if wrong or len(state) != len(leaves) * len(layers):
         raise ValueError(f"{folder}: no place for, or no counterpart to, {', '.join(wrong[:5]) or 'some tensors'}; is it an adapter of this model?")
     model.requires_grad_(False)
     for name in layers:
-        replace(model, ours[name], loaded_layer(model.get_submodule(ours[name]), name, config, folder, *(state[f"{name}.{leaf}"] for leaf in leaves)))
+        tensors = {leaf: state[f"{name}.{leaf}"] for leaf in leaves}
+        replace(model, ours[name], loaded_layer(kind, model.get_submodule(ours[name]), name, config, folder, tensors, getattr(model, "width", 0)))
     return len(layers)
 
 
-def loaded_layer(module, name, config, folder, first, B=None):
-    """The adapted layer that saved tensors make of a plain one: Δb, or A and B."""
-    if B is None:
-        layer = BiasOffset(module)
-        if first.shape != layer.offset.shape:
-            raise ValueError(f"{folder}: {name} has bias_offset {list(first.shape)}, the layer's bias is {list(layer.offset.shape)}")
-        layer.offset.data = first.to(layer.offset)
-        return layer
-    A, r = first, first.shape[0]
-    if (B.shape[0], A.shape[1]) != tuple(module.weight.shape):
-        raise ValueError(f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(module.weight.shape)}")
-    alpha = next((a for pattern, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), config["lora_alpha"])
-    layer = LowRank(module, A.to(module.weight.device), None, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-    layer.B.data = B.float().to(module.weight.device)
+LEAVES = {LowRank: ("lora_A.weight", "lora_B.weight"), DoRA: ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), BiasOffset: ("bias_offset",),
+          **dict.fromkeys((Houlsby, Pfeiffer), ("down", "down_bias", "up", "up_bias"))}
+
+
+def loaded_layer(kind, module, name, config, folder, tensors, width):
+    """The adapted layer that saved tensors make of a plain one."""
+    if kind in OWN_FORMS:
+        layer = BiasOffset(module) if kind is BiasOffset else kind(module, width, len(tensors["down"]), torch.Generator())
+        places = {"bias_offset": layer.offset} if kind is BiasOffset else {leaf: getattr(layer, leaf) for leaf in tensors}
+        device = getattr(module, "weight", next(iter(places.values()))).device
+    else:
+        A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        if (B.shape[0], A.shape[1]) != tuple(module.weight.shape):
+            raise ValueError(f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(module.weight.shape)}")
+        alpha = next((a for pattern, a in config.get("alpha_pattern", {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name)), config["lora_alpha"])
+        device = module.weight.device
+        layer = kind(module, A.to(device), None, alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A)))
+        places = {"lora_B.weight": layer.B} | ({"lora_magnitude_vector": layer.m} if kind is DoRA else {})
+    for leaf, p in places.items():
+        if tensors[leaf].shape != p.shape:
+            raise ValueError(f"{folder}: {name} has {leaf} {list(tensors[leaf].shape)}, the layer's is {list(p.shape)}")
+        p.data = tensors[leaf].float().to(device)
     return layer

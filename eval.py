@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import resource
 import shutil
@@ -327,8 +328,26 @@ def check_step(step, terms, norm, unmoved, named, lr, settings):
         raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
 
 
+def adalora_cuts(settings, max_iters):
+    """-> AdaLoRA's steps at the first budget, at the last one, between cuts; checked against the run's length before anything trains."""
+    cuts = [value or max(1, round(share * max_iters)) for value, share in ((settings.adalora_first, 0.1), (settings.adalora_last, 0.3), (settings.adalora_every, 0.01))]
+    if settings.method == "adalora":
+        balora.check_budget(max_iters, *cuts)
+    return cuts
+
+
+def statistics_memory(net, settings):
+    """For a dry run: what LoRA-GA's gradients or CorDA's covariances take while they are measured, a group of layers at a time."""
+    needs, rounds = balora.METHODS[settings.method].needs, settings.rounds if settings.method == "corda++" else 1
+    if not needs:
+        return {}
+    sizes = [4 * rounds * (m.weight.numel() if needs is balora.gradients else m.weight.shape[1] ** 2) for m in balora.adapted_layers(net).values()]
+    return {f"{needs.__name__} before training, in groups (of {sum(sizes) / 2**30:.1f} in all)": max(max(sizes), min(sum(sizes), 4 * 2**30))}
+
+
 def log_step(out, step, terms, lambdas, norm, lr, tokens_per_s, device):
     """Append a step's record to log.jsonl: raw and weighted terms, weights, gradient norm, learning rate, speed, peak memory. -> the record."""
+    terms = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in terms.items()}
     names = ("cr", "dr", "svdr")
     weighted = {f"{name}_weighted": None if terms[name] is None else w * terms[name] for name, w in zip(names, lambdas)}
     record = dict(step=step, **terms, **weighted, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)), grad_norm=norm, lr=lr,
@@ -343,6 +362,8 @@ def progress_line(record, max_iters, seconds):
     for name in ("cr", "dr", "svdr"):
         if record[name] is not None:
             terms.append(f"{name} {record[name]:.4f} ({record[f'{name}_weighted']:.5f})")
+    if "orth" in record:
+        terms.append(f"orth {record['orth']:.3f} | budget {record['budget']} (kept {record['kept']})")
     left = (max_iters - record["step"]) * seconds
     return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
         f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
@@ -489,6 +510,30 @@ def collate(examples, device):
     if len(y) == 0:
         raise ValueError("a batch without a single labelled token; is every response empty?")
     return ids.to(device), valid.to(device), y.to(device)
+
+
+def draw(n, k, seed):
+    """k of n indices without repetition, as often as n allows, then again from the start."""
+    rng, out = random.Random(seed), []
+    while len(out) < k:
+        out += rng.sample(range(n), min(n, k - len(out)))
+    return out
+
+
+def windows(data, tok, n, length, seed):
+    """n random windows of `length` tokens of a text, as examples that respond to their first token: the rows of a file or hub data set, joined by blank lines.
+
+    The text is in the field `text`, or where an instruction stands (CorDA's KPM reads NQ-open's questions so).
+    """
+    table = read_table(data)
+    field = next((f for f in ("text", *PROMPT_FIELDS) if f in table.column_names), None)
+    if field is None:
+        raise ValueError(f"{data}: no field text, {', '.join(PROMPT_FIELDS)}; its fields are {', '.join(table.column_names)}")
+    ids, rng = tok.encode("\n\n".join(str(text) for text in table[field])), random.Random(f"windows {seed}")
+    if len(ids) <= length:
+        raise ValueError(f"{data}: {len(ids)} tokens of text, and a single window takes {length}; give more text or a smaller --max_len")
+    starts = [rng.randrange(len(ids) - length) for _ in range(n)]
+    return [(ids[start:start + 1], ids[start + 1:start + length]) for start in starts]
 
 
 def batch_order(lengths, batch_size, rng):

@@ -250,19 +250,19 @@ class Block(nn.Module):
 
     def __init__(self, c, cross=False):
         super().__init__()
-        self.pre, self.drop = c.pre, nn.Dropout(c.dropout)
-        self.attn_norm, self.attn = norm(c), Attention(c)
-        self.cross_norm, self.cross = (norm(c), Attention(c, cross=True)) if cross else (None, None)
-        self.mlp_norm, self.mlp = norm(c), MLP(c)
+        self.pre = c.pre
+        self.attn_norm, self.attn, self.attn_drop = norm(c), Attention(c), nn.Dropout(c.dropout)
+        self.cross_norm, self.cross, self.cross_drop = (norm(c), Attention(c, cross=True), nn.Dropout(c.dropout)) if cross else (None, None, None)
+        self.mlp_norm, self.mlp, self.mlp_drop = norm(c), MLP(c), nn.Dropout(c.dropout)
 
     def forward(self, x, where=None, bias=None, past=None, memory=None, memory_bias=None):
-        x = self.add(x, self.attn_norm, self.attn, where, bias, past)
+        x = self.add(x, self.attn_norm, self.attn_drop, self.attn, where, bias, past)
         if self.cross is not None:
-            x = self.add(x, self.cross_norm, self.cross, None, memory_bias, None, memory)
-        return self.add(x, self.mlp_norm, self.mlp)
+            x = self.add(x, self.cross_norm, self.cross_drop, self.cross, None, memory_bias, None, memory)
+        return self.add(x, self.mlp_norm, self.mlp_drop, self.mlp)
 
-    def add(self, x, norm, part, *args):
-        return x + self.drop(part(norm(x), *args)) if self.pre else norm(x + self.drop(part(x, *args)))
+    def add(self, x, norm, drop, part, *args):
+        return x + drop(part(norm(x), *args)) if self.pre else norm(x + drop(part(x, *args)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +383,16 @@ class Transformer(Stack):
         self.encoder = Stack(dataclasses.replace(c, causal=False)) if c.two_stacks else None
         if n_classes and not c.two_stacks:
             self.classifier = Head(c, n_classes)
+
+    @property
+    def width(self):
+        return self.config.d
+
+    @property
+    def bottlenecks(self):
+        """Where bottleneck adapters stand in a post-norm encoder: Houlsby's where a part's output ends, Pfeiffer's at the norm behind the MLP. {} elsewhere."""
+        blocks = [f"layers.{i}" for i in range(self.config.n_layers)] if not self.config.pre else []
+        return {"Houlsby": [f"{block}.{drop}" for block in blocks for drop in ("attn_drop", "mlp_drop")], "Pfeiffer": [f"{block}.mlp_norm" for block in blocks]}
 
     @property
     def head(self):

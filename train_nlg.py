@@ -32,7 +32,7 @@ import model
 class Settings:
     """Instruction tuning (NLG). A preset of --init replaces defaults, the command line wins."""
     init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, a Hugging Face folder, or a .gguf file
-    method: str = "balora"            # full, lora, pissa, balora
+    method: str = "balora"            # full, lora, lora+, lora-fa, lora-ga, adalora, dora, pissa, milora, corda, corda++, balora
     out_dir: str = ""                 # run folder; empty: out/INIT-METHOD-SEED
     resume: bool = False              # go on with the run in out_dir
     overwrite: bool = False           # replace the run in out_dir
@@ -52,6 +52,17 @@ class Settings:
     targets: str = ""                 # comma-separated layer names or patterns; empty: the seven projections
     niter: int = 10                   # rounds of the fast SVD; 0: exact
     oversample: int = 8               # extra directions of the fast SVD
+    lora_plus_ratio: float = 16       # lora+: B learns this many times as fast as A, at least 1
+    correct_B: bool = False           # lora-fa: its second version, which corrects B's gradient
+    gamma: float = 16                 # lora-ga: A0 and B0 have the size out^(1/4) / sqrt(gamma), above 0
+    keep: str = "first"               # corda, corda++: adapt what the calibration rows use (first, IPM) or what they do not (last, KPM)
+    calibration_data: str = ""        # corda, corda++: text to measure on, a file or hub name[:split] (KPM: questions to go on knowing); empty: training rows
+    calibration: int = 64             # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
+    rounds: int = 5                   # corda++: covariances for each layer to choose from, of so many rows each, at least 1
+    adalora_first: int = 0            # adalora: steps at the first budget, 1.5 r a layer; 0: a tenth of the run
+    adalora_last: int = 0             # adalora: steps at the last budget, r a layer; 0: three tenths of the run
+    adalora_every: int = 0            # adalora: steps between cuts; 0: a hundredth of the run
+    orthogonality: float = 0.1        # adalora: weight of its regularizer, at least 0
     # objective
     lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
     lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.005 with balora, 0 without
@@ -106,8 +117,10 @@ def check(s):
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
-        (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new"), (lambda v: v > 0, "alpha T epochs"),
-        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval"),
+        (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new lora_plus_ratio calibration rounds"),
+        (lambda v: v > 0, "alpha T epochs gamma"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval "
+                           "adalora_first adalora_last adalora_every orthogonality"),
         (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")))
     if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
@@ -187,6 +200,20 @@ def load_examples(s, tok):
     return train, held_out
 
 
+def calibration(s, net, tok, train, device):
+    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which takes s.calibration rows, one at a time."""
+    rows = eval.windows(s.calibration_data, tok, s.calibration * s.rounds, s.max_len, s.seed) if s.calibration_data else \
+        [train[i] for i in eval.draw(len(train), s.calibration * s.rounds, f"calibration {s.seed}")]
+
+    def run(i):
+        for row in tqdm(rows[i * s.calibration:(i + 1) * s.calibration], desc="calibrate", unit="row", leave=False, disable=None):
+            ids, valid, y = eval.collate([row], device)
+            H = net.hidden(ids)[valid]
+            if torch.is_grad_enabled():
+                balora.loss_nlg(H, y, net.head, lambdas=(0, 0, 0))[0].backward()
+    return run
+
+
 def order_of(examples, batch_size, seed, epoch):
     """The batches of one epoch, each a list of indices of similar length."""
     return eval.batch_order([len(p) + len(a) for p, a in examples], batch_size, random.Random(f"order {seed} {epoch}"))
@@ -203,14 +230,16 @@ def dry_run(s):
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
     width, full = eval.pick_dtype(s.dtype, device).itemsize, s.method == "full"
     tokens, chunk = s.micro_batch * s.max_len, 64 if device == "cpu" else 1024
-    fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in (layer.A0, layer.B0) if t is not None)
-    block = kept_values(c, s.r * (2 if fixed else 1) * (not full), width)
+    fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in layer.buffers())
+    twice = any(getattr(layer, "B0", None) is not None for layer in balora.adapted_layers(net).values())
+    block = kept_values(c, s.r * (2 if twice else 1) * (not full), width)
     parts = {
         "weights": report.total * (4 if full else width),
         "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
         "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
         "trained parameters and their gradients": report.trainable * (4 if full else 8),
-        "A0, B0": fixed * width,
+        "what else the adapter holds (A0, B0, ...)": fixed * width,
+        **eval.statistics_memory(net, s),
         "AdamW's two moments": report.trainable * 8,
         f"activations, {s.micro_batch} x {s.max_len} tokens": tokens * width * (c.n_layers * c.d + block if s.checkpointing else c.n_layers * block),
         f"logits, {'all' if full else chunk} rows at a time": (tokens if full else min(chunk, tokens)) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
@@ -242,12 +271,13 @@ def main(argv):
         raise ValueError(f"--init={s.init} is a {net.config.family} model; this script tunes decoders of the LLaMA family, train_nlu.py the others")
     train, held_out = load_examples(s, tok)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
-                           frozen_copy=s.lambda1 > 0, progress=True)
+                           frozen_copy=s.lambda1 > 0, progress=True, calibrate=calibration(s, net, tok, train, device) if balora.METHODS[s.method].needs else None,
+                           rounds=s.rounds, keep=s.keep, gamma=s.gamma, correct_B=s.correct_B)
     print(report)
     if full and s.lambda1 > 0:
         print(f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
+    optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
     start = eval.open_run(s, net, device, base)
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
@@ -258,6 +288,7 @@ def main(argv):
 
     batches_an_epoch = -(-len(train) // s.batch_size)
     max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
+    cuts = eval.adalora_cuts(s, max_iters)
     step = eval.restore(start, net, optimizer) if start else 0
     start = None                                                                 # a checkpoint can be large
     unmoved = set(named) if step < 3 else set()                                 # tensors that have not had a gradient yet
@@ -315,11 +346,16 @@ def main(argv):
                 terms[name] = value.item() + (terms[name] or 0.0)
 
         # update
+        if s.method == "adalora":
+            terms["orth"] = balora.orthogonality(net)
+            (s.orthogonality * terms["orth"]).backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
         eval.check_step(step, terms, norm, unmoved, named, lr, s)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         optimizer.step()
+        if s.method == "adalora":
+            terms["budget"], terms["kept"] = balora.allocate(net, step, max_iters, s.r, *cuts)
         optimizer.zero_grad(set_to_none=True)
         step += 1
 

