@@ -520,6 +520,8 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
     alpha = r if alpha is None else alpha
     if r < 1 or alpha <= 0 or keep not in ("first", "last"):
         raise ValueError(f"r={r}, alpha={alpha}, keep={keep}: r must be at least 1, alpha above 0, keep first or last")
+    if correct_B and method != "lora-fa":
+        raise ValueError(f"correct_B with {method}: it is LoRA-FA's second version; leave it out")
     if adapted_layers(model) or hasattr(model, "pretrained"):
         raise ValueError("this model already has an adapter: merge it first, or load the model anew")
     report, m = Report(method, r, alpha, total=sum(p.numel() for p in model.parameters())), METHODS[method]
@@ -558,7 +560,7 @@ def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options
     ranks = dict.fromkeys(names, math.ceil(1.5 * r) if m.layer is AdaLoRA else r)
     small = min(names, key=lambda name: min(W(name).shape))
     if ranks[small] > min(W(small).shape):
-        raise ValueError(f"r={ranks[small]} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r")
+        raise ValueError(f"r={r}{' (1.5 r at the start)' if m.layer is AdaLoRA else ''} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r")
     if next(iter(model.parameters())).is_meta:                                   # a dry run: shapes only
         zero = m.init is init_lora
         yield from ((name, (W(name).new_empty(ranks[name], W(name).shape[1]), None if zero else W(name).new_empty(W(name).shape[0], ranks[name]))) for name in names)
@@ -909,7 +911,7 @@ def budget(step, max_iters, t_i, t_f, b0, bT):
 def check_budget(max_iters, t_i, t_f, every):
     """Raises ValueError where AdaLoRA's schedule does not fit into the run."""
     if not (1 <= t_i and 1 <= t_f and t_i + t_f < max_iters and 1 <= every <= max_iters - t_f - t_i):
-        raise ValueError(f"adalora: {t_i} first and {t_f} last steps at a fixed budget, a cut every {every} steps: together they must fit into the run's {max_iters} steps, each at least 1")
+        raise ValueError(f"adalora: {t_i} first and {t_f} last steps at a fixed budget, a cut every {every} steps: together they must fit into the run's {max_iters} steps, each at least 1 (--adalora_first, --adalora_last, --adalora_every)")
 
 
 @torch.no_grad()

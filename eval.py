@@ -5,6 +5,7 @@
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
     python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
     python eval.py features out/a out/b --out=features.png             # classifiers: last-layer features under t-SNE
+    python eval.py compare nlu --methods=lora,pissa --sweep_lr=3e-4,1e-3 --seeds=0,1,2 -- --init=minilm --task=rte
     python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
     python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
 
@@ -23,6 +24,7 @@ import platform
 import random
 import re
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -328,11 +330,17 @@ def check_step(step, terms, norm, unmoved, named, lr, settings):
         raise ValueError(f"no gradient in the first three steps for {len(unmoved)} of {len(named)} tensors: {', '.join(sorted(unmoved)[:3])}")
 
 
-def adalora_cuts(settings, max_iters):
-    """-> AdaLoRA's steps at the first budget, at the last one, between cuts; checked against the run's length before anything trains."""
-    cuts = [value or max(1, round(share * max_iters)) for value, share in ((settings.adalora_first, 0.1), (settings.adalora_last, 0.3), (settings.adalora_every, 0.01))]
+def adalora_cuts(settings, max_iters, published=None):
+    """-> AdaLoRA's steps at the first budget, at the last one, between cuts; checked against the run's length before anything trains.
+
+    published: a longer run's; they count where they fit, and shares of the run otherwise. What the user gave counts in any case.
+    """
+    shares = [max(1, round(share * max_iters)) for share in (0.1, 0.3, 0.01)]
+    default = published if published and published[0] + published[1] < max_iters else shares
+    cuts = [d if given is None else given for given, d in zip((settings.adalora_first, settings.adalora_last, settings.adalora_every), default)]
     if settings.method == "adalora":
         balora.check_budget(max_iters, *cuts)
+        print("adalora: {} steps at the first budget, {} at the last, a cut every {}".format(*cuts))
     return cuts
 
 
@@ -883,6 +891,74 @@ def features(o):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Comparisons: one training script, once a cell, each in a process of its own
+
+def compare(o):
+    """Methods side by side: `compare nlg --methods=lora,pissa --sweep_lr=1e-4,3e-4 --seeds=0,1,2 -- OPTIONS OF THE SCRIPT`.
+
+    Every learning rate with the first seed, then the best one with the others, since one rate for all misleads. What is finished is not run again.
+    """
+    if len(o.runs) != 1 or o.runs[0] not in ("nlg", "nlu"):
+        raise ValueError(f"compare {' '.join(o.runs)}: expected nlg or nlu, options, then -- and the script's own options")
+    kind, seeds, rates = o.runs[0], o.seeds.split(","), o.sweep_lr.split(",")
+    able = [m for m in balora.METHODS if kind == "nlu" or m not in ("bitfit", "hadapter", "padapter")]
+    methods = able if o.methods == "all" else o.methods.split(",")
+    unknown = [m for m in methods if m not in able]
+    if unknown:
+        raise ValueError(f"--methods={','.join(unknown)}: {balora.nearest(unknown[0], able)}known for {kind}: {', '.join(able)}")
+    root = o.out or os.path.join("out", f"compare-{kind}-" + hashlib.sha256(json.dumps(o.rest).encode()).hexdigest()[:8])
+    metric, sign = (o.metric or ("loss" if kind == "nlg" else "")), -1 if (o.metric or "loss") == "loss" and kind == "nlg" else 1
+    table = {}
+    for method in methods:
+        sweep = {lr: cell(kind, root, method, lr, seeds[0], o.rest) for lr in rates}
+        sweep = {lr: run for lr, run in sweep.items() if run}
+        if sweep:
+            name = metric or next(iter(sweep.values()))["metric"]
+            best = max(sweep, key=lambda lr: (sign * sweep[lr][name], -sweep[lr]["loss"]))
+            runs = [sweep[best]] + [run for seed in seeds[1:] if (run := cell(kind, root, method, best, seed, o.rest))]
+            table[method] = dict(lr=best, runs=runs, sweep={lr: run[name] for lr, run in sweep.items()}, name=name)
+    if not table:
+        raise ValueError("compare: no run ended well; their last lines stand above")
+    print_comparison(table, seeds, root)
+
+
+def cell(kind, root, method, lr, seed, rest):
+    """Run one cell unless it is finished. -> what its folder says: the last evaluation, trainable parameters, median tokens/s, peak memory; None where it failed."""
+    out = os.path.join(root, f"{method}-{lr}-{seed}")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{kind}.py")
+    argv = [sys.executable, script, *rest, f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}", f"--out_dir={out}"]
+    if not os.path.exists(os.path.join(out, "loss.png")):                        # what a run writes last
+        print(shlex.join(["python", os.path.basename(script), *argv[2:]]), flush=True)
+        os.makedirs(root, exist_ok=True)
+        start = time.time()
+        with open(out + ".txt", "w") as f:
+            code = subprocess.run([*argv, "--resume"], stdout=f, stderr=subprocess.STDOUT).returncode
+        if code:
+            lines = open(out + ".txt", encoding="utf-8", errors="replace").read().strip().splitlines() or [""]
+            print(f"  failed after {time.time() - start:.0f} s (exit code {code}): {lines[-1]}", flush=True)
+            return None
+        print(f"  {time.time() - start:.0f} s", flush=True)
+    record, log = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
+    return read_json(os.path.join(out, "eval.json"))[-1] | dict(trainable=record.get("trainable"), metric=record.get("metric", "loss"),
+                                                               speed=statistics.median(r["tokens_per_s"] for r in log), peak=max(r["peak_GiB"] for r in log))
+
+
+def print_comparison(table, seeds, root):
+    """Each method at its best learning rate, mean ± standard deviation over seeds, time and memory beside LoRA's (or the first method's), the whole sweep beside it."""
+    anchor = table.get("lora") or next(iter(table.values()))
+    speed, peak = (lambda row: statistics.median(run["speed"] for run in row["runs"])), (lambda row: max(run["peak"] for run in row["runs"]))
+    spread = lambda values: f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "") if None not in values else "none"
+    header = ("method", "trainable", "lr", anchor["name"], "drift", "time", "memory", f"sweep (seed {seeds[0]})")
+    rows = [(method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread([run[row["name"]] for run in row["runs"]]), spread([run.get("drift") for run in row["runs"]]),
+             f"{speed(anchor) / speed(row):.2f}", f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items()))
+            for method, row in table.items()]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, *rows))
+    print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}\n{text}")
+    balora.write_atomic(os.path.join(root, "table.txt"), lambda f: f.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Speed and memory, beside peft + transformers and beside the authors' formulation on that stack
 
 CONTESTANTS = {
@@ -1050,6 +1126,38 @@ def bench_init(o):
     print(f"time ratio {statistics.median(a / b for a, b in zip(*times.values())):.2f} for {len(layers)} layers at r={o.r}")
 
 
+def bench_encoder(o):
+    """DeBERTa-v3-base's sizes with random weights, forward and backward of every weight: time here and in transformers, alternating in one process."""
+    try:
+        from transformers import DebertaV2ForSequenceClassification
+    except ImportError:
+        raise ValueError("this benchmark compares with transformers, which is missing: pip install -r tests/requirements.txt") from None
+    device, times, nets = pick_device(o.device), {"this project": [], "transformers": []}, {}
+    dtype = pick_dtype(o.dtype, device)
+    config = dataclasses.replace(model.PUBLISHED["deberta-v3-base"], dropout=0.0)
+    net = model.Transformer(config, 2)
+    model.init_weights(net, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        net.save(folder)
+        nets["transformers"] = DebertaV2ForSequenceClassification.from_pretrained(folder, dtype=dtype).to(device)
+        nets["this project"] = net.to(device, dtype)
+    ids = torch.randint(10, config.vocab_size, (o.rows, o.length), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.arange(o.length, device=device) < torch.linspace(o.length / 2, o.length, o.rows, device=device)[:, None]
+    run = {"this project": lambda net: net(ids, mask), "transformers": lambda net: net(input_ids=ids, attention_mask=mask.long()).logits}
+    for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one warms up
+        for name, net in nets.items():
+            net.train()
+            start = time.perf_counter()
+            run[name](net).float().sum().backward()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] if step else []
+            net.zero_grad(set_to_none=True)
+    for name, t in times.items():
+        print(f"{name:<14} {statistics.median(t):.3f} s ({min(t):.2f}-{max(t):.2f} of {len(t)})")
+    print(f"{o.rows} x {o.length} tokens, {str(dtype)[6:]}, {device_name(device)}: ratio {statistics.median(a / b for a, b in zip(*times.values())):.2f}")
+
+
 def precision(o):
     """How well a small update survives in bf16: the bracket as computed here, and A, B cast whole as residual-form PiSSA does under autocast."""
     net, tok = model.load(o.init, dtype=torch.bfloat16)
@@ -1139,6 +1247,11 @@ class Options:
     r: int = 16                       # rank
     only: str = ""                    # comma-separated contestants; empty: all
     compile: bool = False             # torch.compile this project's blocks
+    methods: str = "all"              # comma-separated methods to compare; all
+    sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from
+    seeds: str = "0,1,2"              # comma-separated seeds
+    metric: str = ""                  # what chooses the rate: a name in eval.json, higher is better; empty: the held-out loss (nlg), the task's own (nlu)
+    rest: tuple = ()                  # after --: options of the training script
 
 
 MODEL = "run init device dtype "
@@ -1149,7 +1262,9 @@ COMMANDS = {                          # name: (function, the options it reads)
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
     "features": (features, "runs out"),
+    "compare": (compare, "runs methods sweep_lr seeds metric out"),
     "bench": (bench, "init rows length steps r only device compile"),
+    "bench-encoder": (bench_encoder, "rows length steps device dtype"),
     "bench-init": (bench_init, "init steps r"),
     "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
@@ -1168,7 +1283,12 @@ def main(argv):
         raise ValueError(f"{'expected a command' if not argv else f'unknown command {argv[0]!r}'}: {balora.nearest(argv[0], COMMANDS) if argv else ''}{names}")
     function, reads = COMMANDS[argv[0]]
     Options.__doc__ = function.__doc__
-    function(parse(Options, argv[1:], only=reads.split(), positional="runs"))
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options = parse(Options, argv[1:cut], only=reads.split(), positional="runs")
+    options.rest = argv[cut + 1:]
+    if options.rest and function is not compare:
+        raise ValueError(f"{argv[0]}: takes no options of another script after --")
+    function(options)
 
 
 if __name__ == "__main__":

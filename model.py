@@ -199,7 +199,7 @@ class Attention(nn.Module):
             bias = self.relative(q, k, where) if bias is None else self.relative(q, k, where).masked_fill(~bias, float("-inf"))
         causal = True if self.causal and bias is None and q.shape[2] > 1 else False   # a plain bool, which torch.compile wants
         p = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= 512 and self.scale < 1:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= WRITTEN_OUT and self.scale < 1:
             y = attend(q, k, v, bias, causal, p, self.scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -211,6 +211,9 @@ class Attention(nn.Module):
         q, k = (t.transpose(0, 1).flatten(1, 2) * self.scale for t in (q, k))    # [H, B·L, hd]: one product a head
         c2p, p2c = (skew((x @ P.mT).unflatten(1, (-1, P.shape[1] // 2 + 1))) for x, P in ((q, Pk), (k, Pq.flip(1))))
         return (c2p + p2c.mT).transpose(0, 1)
+
+
+WRITTEN_OUT = 256                     # longest sequence, tokens, for `attend`: it keeps the scores [B, H, L, S] for its backward pass
 
 
 def attend(q, k, v, bias, causal, p, scale):

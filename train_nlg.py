@@ -59,9 +59,9 @@ class Settings:
     calibration_data: str = ""        # corda, corda++: text to measure on, a file or hub name[:split] (KPM: questions to go on knowing); empty: training rows
     calibration: int = 64             # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
     rounds: int = 5                   # corda++: covariances for each layer to choose from, of so many rows each, at least 1
-    adalora_first: int = 0            # adalora: steps at the first budget, 1.5 r a layer; 0: a tenth of the run
-    adalora_last: int = 0             # adalora: steps at the last budget, r a layer; 0: three tenths of the run
-    adalora_every: int = 0            # adalora: steps between cuts; 0: a hundredth of the run
+    adalora_first: int | None = None  # adalora: steps at the first budget, 1.5 r a layer; None: a tenth of the run
+    adalora_last: int | None = None   # adalora: steps at the last budget, r a layer; None: three tenths of the run
+    adalora_every: int | None = None  # adalora: steps between cuts; None: a hundredth of the run
     orthogonality: float = 0.1        # adalora: weight of its regularizer, at least 0
     # objective
     lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
@@ -117,10 +117,10 @@ def check(s):
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
-        (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new lora_plus_ratio calibration rounds"),
+        (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new lora_plus_ratio calibration rounds "
+                           "adalora_first adalora_last adalora_every"),
         (lambda v: v > 0, "alpha T epochs gamma"),
-        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval "
-                           "adalora_first adalora_last adalora_every orthogonality"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval orthogonality"),
         (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")))
     if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
@@ -232,7 +232,7 @@ def dry_run(s):
     tokens, chunk = s.micro_batch * s.max_len, 64 if device == "cpu" else 1024
     fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in layer.buffers())
     twice = any(getattr(layer, "B0", None) is not None for layer in balora.adapted_layers(net).values())
-    block = kept_values(c, s.r * (2 if twice else 1) * (not full), width)
+    block = kept_values(c, s.r * (2 if twice else 1) * (not full), width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
     parts = {
         "weights": report.total * (4 if full else width),
         "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
@@ -247,10 +247,11 @@ def dry_run(s):
     eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", parts)
 
 
-def kept_values(c, rank, width):
+def kept_values(c, rank, width, scores=0):
     """Values a token that one block keeps for the backward pass: inputs of two norms (16-bit ones keep an fp32 copy) and of q, o, gate; q, k, v;
-    gate, up, silu, their product; what each of the seven brackets makes of its input."""
-    return (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank
+    gate, up, silu, their product; what each of the seven brackets makes of its input. scores: keys whose weights are kept too (`model.attend`)."""
+    attention = c.n_heads * scores + 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * bool(scores)
+    return attention + (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +271,9 @@ def main(argv):
     if net.config.family != "llama":
         raise ValueError(f"--init={s.init} is a {net.config.family} model; this script tunes decoders of the LLaMA family, train_nlu.py the others")
     train, held_out = load_examples(s, tok)
+    batches_an_epoch = -(-len(train) // s.batch_size)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
+    cuts = eval.adalora_cuts(s, max_iters)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
                            frozen_copy=s.lambda1 > 0, progress=True, calibrate=calibration(s, net, tok, train, device) if balora.METHODS[s.method].needs else None,
                            rounds=s.rounds, keep=s.keep, gamma=s.gamma, correct_B=s.correct_B)
@@ -278,7 +282,7 @@ def main(argv):
         print(f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
-    start = eval.open_run(s, net, device, base)
+    start = eval.open_run(s, net, device, base, trainable=report.trainable - report.head)
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
@@ -286,9 +290,6 @@ def main(argv):
         net.compile_blocks()
     net.train()
 
-    batches_an_epoch = -(-len(train) // s.batch_size)
-    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
-    cuts = eval.adalora_cuts(s, max_iters)
     step = eval.restore(start, net, optimizer) if start else 0
     start = None                                                                 # a checkpoint can be large
     unmoved = set(named) if step < 3 else set()                                 # tensors that have not had a gradient yet

@@ -54,7 +54,7 @@ class Settings:
     stratified: bool = False          # every batch holds the classes in proportion
     # adapter
     r: int | None = None              # rank, at least 1; None: 8, or the bottleneck's width, 32 with hadapter, 64 with padapter
-    alpha: float | None = None        # the bracket counts alpha / r, above 0; None: 8, with adalora what its scripts have for the task
+    alpha: float | None = None        # the bracket counts alpha / r, above 0; None: 8, with adalora its script's for the task
     targets: str = ""                 # comma-separated layer names or patterns; empty: all linear layers of the blocks (bitfit: all biases)
     niter: int = 10                   # rounds of the fast SVD; 0: exact
     oversample: int = 8               # extra directions of the fast SVD
@@ -64,10 +64,10 @@ class Settings:
     keep: str = "first"               # corda, corda++: adapt what the calibration rows use (first, IPM) or what they do not (last, KPM)
     calibration: int = 64             # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
     rounds: int = 5                   # corda++: covariances for each layer to choose from, of so many rows each, at least 1
-    adalora_first: int = 0            # adalora: steps at the first budget, 1.5 r a layer; 0: a tenth of the run
-    adalora_last: int = 0             # adalora: steps at the last budget, r a layer; 0: three tenths of the run
-    adalora_every: int = 0            # adalora: steps between cuts; 0: a hundredth of the run
-    orthogonality: float = 0.1        # adalora: weight of its regularizer, at least 0
+    adalora_first: int | None = None  # adalora: steps at the first budget, 1.5 r a layer; None: its script's for the task where the run is that long, or a tenth of it
+    adalora_last: int | None = None   # adalora: steps at the last budget, r a layer; None: its script's, or three tenths
+    adalora_every: int | None = None  # adalora: steps between cuts; None: its script's, or a hundredth
+    orthogonality: float | None = None    # adalora: weight of its regularizer, at least 0; None: its script's for the task
     # objective
     lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.15 with balora, 0 without
     lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.03 with balora, 0 without
@@ -116,7 +116,11 @@ PRESETS = {                           # METHODS 5.1: AdaLoRA's scripts for DeBER
     "tiny": dict(task="world", against="pissa", imbalance="10:3:1", epochs=20, log_interval=100),
 }
 LEARNING_RATE = dict(mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=1e-3)      # the same source, for adapters
-ADALORA_ALPHA = dict(mnli=16, sst2=16, cola=32, qqp=16, qnli=32, rte=32, mrpc=32, stsb=32)
+ADALORA = {                           # the same source: alpha, weight of orthogonality, (steps at the first budget, at the last one, between cuts)
+    "mnli": (16, 0.1, (8000, 50000, 100)), "sst2": (16, 0.1, (6000, 22000, 100)), "cola": (32, 0.1, (800, 3500, 10)), "qqp": (16, 0.1, (8000, 25000, 100)),
+    "qnli": (32, 0.1, (2000, 8000, 100)), "rte": (32, 0.3, (600, 1800, 1)), "mrpc": (32, 0.1, (600, 1800, 1)), "stsb": (32, 0.3, (800, 2000, 10)),
+    "world": (8, 0.1, None),
+}
 SCALE = {"roberta-base": 0.5, "t5-base": 0.5}                                    # of those, for models that the scripts do not cover
 PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
@@ -135,15 +139,16 @@ def check(s):
         if getattr(s, name) is None:
             setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
     s.r = {"hadapter": 32, "padapter": 64}.get(s.method, 8) if s.r is None else s.r
-    s.alpha = (ADALORA_ALPHA.get(s.task, 8) if s.method == "adalora" else 8) if s.alpha is None else s.alpha
+    alpha, orthogonality, _ = ADALORA[s.task] if s.method == "adalora" else (8, 0.0, None)
+    s.alpha = alpha if s.alpha is None else s.alpha
+    s.orthogonality = orthogonality if s.orthogonality is None else s.orthogonality
     if s.learning_rate is None:
         s.learning_rate = LEARNING_RATE[s.task] * SCALE.get(s.init, 1.0) * (0.05 if s.method == "full" else 1.0)
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.task}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
-        (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval lora_plus_ratio calibration rounds"), (lambda v: v > 0, "alpha T epochs gamma"),
-        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval "
-                           "adalora_first adalora_last adalora_every orthogonality"),
+        (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval lora_plus_ratio calibration rounds adalora_first adalora_last adalora_every"), (lambda v: v > 0, "alpha T epochs gamma"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval orthogonality"),
         (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"), (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout")))
 
 
@@ -708,6 +713,9 @@ def train(s):
     print(f"{s.task}: " + (f"classes {', '.join(f'{i} {word}' for i, word in enumerate(task.labels))}" if task.labels else "a score from 0 to 5"))
     splits = {name: encode(rows, tok, s, family) for name, rows in load_rows(s).items()}
     examples = splits.pop("train")
+    batches_an_epoch = -(-len(examples) // s.batch_size)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
+    cuts = eval.adalora_cuts(s, max_iters, ADALORA[s.task][2])
     set_dropout(net, s.dropout, s.cls_dropout)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
                            calibrate=calibration(s, net, examples, device) if balora.METHODS[s.method].needs else None, rounds=s.rounds, keep=s.keep, gamma=s.gamma,
@@ -715,7 +723,7 @@ def train(s):
     print(report)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
-    start = eval.open_run(s, net, device, base, labels=task.labels)
+    start = eval.open_run(s, net, device, base, labels=task.labels, metric=task.metric, trainable=report.trainable - report.head)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
 
     # the teacher: before step 1 every method's network is the pre-trained one, with the student's own head
@@ -732,9 +740,6 @@ def train(s):
     net.train()
     say_what_is_idle(s, len(task.labels) or 1, net.config.d)
 
-    batches_an_epoch = -(-len(examples) // s.batch_size)
-    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
-    cuts = eval.adalora_cuts(s, max_iters)
     warmup = min(s.warmup / max_iters, 1.0) if s.warmup >= 1 else s.warmup
     eval_interval = s.eval_interval or batches_an_epoch
     lengths, labels = [len(ids) for ids, _ in examples], [label for _, label in examples]
