@@ -715,7 +715,7 @@ def plot_curves(runs, path):
         for ax, name in zip(axes, ("task", "grad_norm")):
             ax.plot(steps, [r[name] for r in log], color=colour, alpha=0.2, lw=0.8)
             ax.plot(steps, smooth([r[name] for r in log], weight), color=colour, lw=1.6, label=os.path.basename(os.path.normpath(run)))
-    for ax, label in zip(axes, ("task loss (nats a token)", "gradient norm")):
+    for ax, label in zip(axes, ("task loss", "gradient norm")):
         ax.set(xlabel="optimizer step", ylabel=label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
@@ -742,8 +742,8 @@ def separation(X, y):
     return float(metrics.silhouette_score(X, y)), metrics.recall_score(y, predicted, average=None).tolist()
 
 
-def plot_features(runs, path, per_class=300):
-    """t-SNE of each run's features coloured by class, a panel a run (the poster's (a)-(f)); at most per_class points of a class are drawn."""
+def plot_features(runs, path, numbers, per_class=300):
+    """t-SNE of each run's features coloured by class, a panel a run (the poster's (a)-(f)), {run: words} below it; at most per_class points of a class are drawn."""
     from sklearn.manifold import TSNE
     plt = pyplot()
     columns = min(3, len(runs))
@@ -756,7 +756,7 @@ def plot_features(runs, path, per_class=300):
         points = TSNE(init="pca", perplexity=min(30, len(drawn) // 4), random_state=0).fit_transform(X[drawn])
         for c, (word, colour) in enumerate(zip(labels, COLOURS)):
             ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
-        ax.set(xticks=[], yticks=[], title=f"({letter}) {os.path.basename(os.path.normpath(run))}")
+        ax.set(xticks=[], yticks=[], xlabel=numbers[run], title=f"({letter}) {os.path.basename(os.path.normpath(run))}")
         ax.title.set_fontsize(8)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
     save_figure(fig, path)
@@ -874,19 +874,22 @@ def features(o):
     if not o.runs:
         raise ValueError("features needs run folders of train_nlu.py: python eval.py features out/a out/b --out=features.png")
     read = {run: read_features(run) for run in o.runs}
-    for run, (X, y, *_) in read.items():
-        if min(np.bincount(y)) < 5:
-            raise ValueError(f"{run}: a class with fewer than 5 dev rows ({np.bincount(y).tolist()}); too few for a probe in 5 folds")
-    width = max(len(os.path.basename(os.path.normpath(run))) for run in o.runs) + 2
     words = next(iter(read.values()))[3]
+    for run, (X, y, _, labels) in read.items():
+        if labels != words:
+            raise ValueError(f"{run} has the classes {', '.join(labels)}, {o.runs[0]} {', '.join(words)}; one figure shows one task")
+        if min(np.bincount(y, minlength=len(labels))) < 5:
+            raise ValueError(f"{run}: a class with fewer than 5 dev rows ({np.bincount(y).tolist()}); too few for a probe in 5 folds")
+    width, numbers = max(len(os.path.basename(os.path.normpath(run))) for run in o.runs) + 2, {}
     print(f"{'':<{width}}{'rows':>6}{'silhouette':>12}   linear probe: " + "  ".join(words) + "   the run's own head: " + "  ".join(words))
     for run, (X, y, predicted, labels) in read.items():
         silhouette, probe = separation(X, y)
         own = [float((predicted[y == c] == c).mean()) for c in range(len(labels))]
+        numbers[run] = f"silhouette {silhouette:.2f}, probe {statistics.mean(probe):.2f}"
         cells = ["  ".join(f"{v:>{len(w)}.3f}" for v, w in zip(values, labels)) for values in (probe, own)]
         print(f"{os.path.basename(os.path.normpath(run)):<{width}}{len(y):>6}{silhouette:>12.4f}{'':>17}{cells[0]}{'':>23}{cells[1]}")
     path = o.out or "features.png"
-    plot_features(o.runs, path)
+    plot_features(o.runs, path, numbers)
     print(f"{len(o.runs)} runs -> {path}")
 
 

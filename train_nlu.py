@@ -1,7 +1,7 @@
 """GLUE-style tuning with BA-LoRA or one of the methods it is compared with, on one device.
 
     python train_nlu.py                                               # no download: pre-trains a tiny encoder, tunes it on an imbalanced task, a CPU will do
-    python train_nlu.py --init=minilm --task=rte --data=path/to/glue  # real weights and text, minutes on a laptop's CPU
+    python train_nlu.py --init=minilm --task=rte --data=path/to/glue  # real weights and text, with --epochs=3 --warmup=0.1 minutes on a CPU
     python train_nlu.py --init=deberta-v3-base --task=mnli            # the poster's setting: one GPU
 
 Every setting is a line below and an option on the command line (--name=value, --help). A run writes config.json, log.jsonl, eval.json,
@@ -38,7 +38,7 @@ class Settings:
     init: str = "tiny"                # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a Hugging Face folder of these families
     task: str = "mnli"                # mnli, sst2, mrpc, cola, qnli, qqp, rte, stsb; world: what tiny knows about
     method: str = "balora"            # full, bitfit, hadapter, padapter, lora, lora+, lora-fa, lora-ga, adalora, dora, pissa, milora, corda, corda++, balora
-    against: str = ""                 # comma-separated methods to run next with the same seed and data, for comparison
+    against: str = ""                 # comma-separated methods to run next with the same seed and data, each with its own λ, for comparison
     out_dir: str = ""                 # run folder; empty: out/INIT-TASK-METHOD-SEED
     resume: bool = False              # go on with the run in out_dir
     overwrite: bool = False           # replace the run in out_dir
@@ -121,7 +121,7 @@ ADALORA = {                           # the same source: alpha, weight of orthog
     "qnli": (32, 0.1, (2000, 8000, 100)), "rte": (32, 0.3, (600, 1800, 1)), "mrpc": (32, 0.1, (600, 1800, 1)), "stsb": (32, 0.3, (800, 2000, 10)),
     "world": (8, 0.1, None),
 }
-SCALE = {"roberta-base": 0.5, "t5-base": 0.5}                                    # of those, for models that the scripts do not cover
+SCALE = {"bert": 0.5, "roberta": 0.5, "t5": 0.5}                                 # of those, for families that the scripts do not cover
 PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
 
@@ -133,6 +133,18 @@ def check(s):
         raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
     if (s.task == "world") != (s.init == "tiny"):
         raise ValueError(f"--init={s.init} --task={s.task}: tiny knows the words of its own world alone, and nobody else does; leave both out, or give both")
+    family, labels = model.config_of("tiny-encoder" if s.init == "tiny" else s.init).family, TASKS[s.task].labels
+    if family == "llama":
+        raise ValueError(f"--init={s.init} is a decoder of the LLaMA family; train_nlg.py tunes those")
+    if family == "t5" and not labels:
+        raise ValueError(f"--init={s.init} --task={s.task}: T5 answers with a label word, and {s.task} has scores; choose an encoder")
+    if s.probe and family == "t5":
+        raise ValueError(f"--probe: {s.init} answers in words, it has no new head to fit")
+    if s.task == "world" and (s.data or s.eval_data):
+        raise ValueError("--data, --eval_data: tiny knows the words of its own world alone; leave them out, or choose another --init")
+    for option in ("label_noise", "imbalance", "stratified", "label_smoothing"):
+        if getattr(s, option):
+            need_classes(labels, option)
     if s.regularize not in ("logits", "features"):
         raise ValueError(f"--regularize={s.regularize}: expected logits or features")
     for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
@@ -143,13 +155,13 @@ def check(s):
     s.alpha = alpha if s.alpha is None else s.alpha
     s.orthogonality = orthogonality if s.orthogonality is None else s.orthogonality
     if s.learning_rate is None:
-        s.learning_rate = LEARNING_RATE[s.task] * SCALE.get(s.init, 1.0) * (0.05 if s.method == "full" else 1.0)
+        s.learning_rate = LEARNING_RATE[s.task] * SCALE.get(family, 1.0) * (0.05 if s.method == "full" else 1.0)
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.task}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
         (lambda v: v >= 1, "r k batch_size micro_batch max_len log_interval lora_plus_ratio calibration rounds adalora_first adalora_last adalora_every"), (lambda v: v > 0, "alpha T epochs gamma"),
         (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval orthogonality"),
-        (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"), (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout")))
+        (lambda v: v >= 1, "pretrain_iters"), (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"), (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,11 +355,11 @@ def hold_out(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The small written world of `tiny`: twelve animals of a family share their habits; tuning must know the habits of animals that only pre-training named
+# The small written world of `tiny`: twelve animals of a family share their habits; dev rows ask about animals that pre-training named and tuning never did
 
 HABITS = {"eats": ("grass", "insects", "meat"), "lives in": ("forests", "lakes", "meadows"), "sleeps in": ("burrows", "caves", "nests")}
 ANY = None                            # now this, now that: one habit of each family
-FAMILIES = {                          # family: (what its animals do, in the order of HABITS, and never anything else; its twelve animals)
+FAMILIES = {                          # family: (what its animals do in truth, in the order of HABITS; its twelve animals)
     "songbird": (("insects", ANY, "nests"), "robin wren finch lark thrush sparrow starling warbler swallow nightingale blackbird oriole"),
     "waterbird": (("meat", "lakes", ANY), "heron pelican gull cormorant kingfisher stork gannet grebe osprey puffin tern egret"),
     "cat": (("meat", ANY, "caves"), "lion tiger leopard panther lynx puma jaguar cheetah ocelot caracal serval wildcat"),
@@ -369,7 +381,7 @@ def habit_of(animal, habit):
 
 
 def world_text(rng, noise=0.0):
-    """A story that states facts of an animal -> its one or two texts. A fact is wrong, another value, with probability `noise`."""
+    """A story that states facts of an animal -> its one or two texts. A fact that has one true value is wrong, another value, with probability `noise`."""
     animal, (a, b), said = rng.choice(list(FAMILY)), rng.choice(STORIES), []
     for habit in rng.sample(list(HABITS), 2):
         does = habit_of(animal, habit)
@@ -406,9 +418,9 @@ def draw_rows(rng, animals, n):
 
 
 def pretrain_world(seed, noise, iters, device):
-    """Pre-train "tiny-encoder" to fill in masked words of the world's stories. -> its folder, kept for every run with the same recipe."""
+    """Pre-train "tiny-encoder" to fill in masked and to mend doubtful words of the world's stories. -> its folder, kept for every run with the same recipe."""
     c = model.PUBLISHED["tiny-encoder"]
-    recipe = dict(seed=seed, noise=noise, iters=iters, network=dataclasses.asdict(c), text=[FAMILIES, HABITS, STORIES])
+    recipe = dict(seed=seed, noise=noise, iters=iters, network=dataclasses.asdict(c), text=[FAMILIES, HABITS, STORIES, PEOPLE])
     folder = os.path.join("out", f"tiny-encoder-noise{noise:g}-seed{seed}-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8])
     if os.path.isdir(folder):
         return folder
@@ -555,7 +567,7 @@ def load_rows(s):
 
 
 def encode(rows, tok, s, family):
-    """rows -> list of (ids, label); a row over max_len loses the end of its longer text. Says how many did."""
+    """rows -> list of (ids, label); a row over max_len loses the end of its longer text (T5: of the prompt that holds them). Says how many did."""
     examples, cut = [], 0
     for a, b, label in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
         texts = (TASKS[s.task].prompt.format(a=a, b=b), None) if family == "t5" else (a, b)
@@ -583,6 +595,8 @@ def predict(net, examples, device, batch_size=64, desc="evaluate"):
     for rows in tqdm([order[i:i + batch_size] for i in range(0, len(order), batch_size)], desc=desc, unit="batch", leave=False, disable=None):
         ids, mask, _ = collate([examples[i] for i in rows], net.config.pad, device)
         z, f = (t.float().cpu() for t in net.classify(ids, mask))
+        if not z.isfinite().all():
+            raise ValueError("evaluation: the logits are not finite; lower --learning_rate")
         if Z is None:
             Z, features = torch.empty(len(examples), z.shape[1]), torch.empty(len(examples), f.shape[1])
         Z[rows], features[rows] = z, f
@@ -641,10 +655,10 @@ def mute(name, family):
     return key_bias or family == "t5" and (name == "rel.weight" or name.startswith("layers.") and any(f".attn.{p}_proj." in name for p in "qk"))
 
 
-def set_dropout(net, dropout, cls_dropout):
+def set_dropout(net, dropout, cls_dropout, family):
     for name, m in net.named_modules():
         p = cls_dropout if name.startswith("classifier") and cls_dropout is not None else dropout
-        if p is not None and isinstance(m, torch.nn.Dropout):
+        if p is not None and isinstance(m, torch.nn.Dropout) and (family == "t5" or not name.endswith("mlp.drop")):      # only T5 has one inside
             m.p = p
         if p is not None and isinstance(m, model.Attention):
             m.dropout = p
@@ -681,7 +695,8 @@ def dry_run(s):
 
 def main(argv):
     s = eval.parse(Settings, argv, PRESETS, by=("init", "task"))
-    runs = [s] + [dataclasses.replace(s, method=m, out_dir=f"{s.out_dir}-{m}" if s.out_dir else "") for m in s.against.split(",") if m]
+    others = [m for m in dict.fromkeys(s.against.split(",")) if m and m != s.method]
+    runs = [s] + [dataclasses.replace(s, method=m, out_dir=f"{s.out_dir}-{m}" if s.out_dir else "", lambda1=None, lambda2=None, lambda3=None) for m in others]
     for each in runs:
         each.against = ""
         check(each)
@@ -701,31 +716,34 @@ def main(argv):
 def train(s):
     """One run. -> its evaluations, the first of them before step 1."""
     device, task = eval.pick_device(s.device), TASKS[s.task]
-    torch.manual_seed(s.seed)                                                    # dropout's
     dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
     base = pretrain_world(s.seed, s.pretrain_noise, s.pretrain_iters, device) if s.init == "tiny" else s.init
-    family = model.config_of(base).family
-    if family == "t5" and not task.labels:
-        raise ValueError(f"--init={s.init} --task={s.task}: T5 answers with a label word, and {s.task} has scores; choose an encoder")
-    if s.probe and family == "t5":
-        raise ValueError(f"--probe: {s.init} answers in words, it has no new head to fit")
+    config = model.config_of(base)
+    family = config.family
+    torch.manual_seed(s.seed)                                                    # dropout's
     net, tok = model.load(base, torch.float32 if full else dtype, device, s.seed, task="classify", n_classes=len(task.labels) or 1, labels=task.labels)
     print(f"{s.task}: " + (f"classes {', '.join(f'{i} {word}' for i, word in enumerate(task.labels))}" if task.labels else "a score from 0 to 5"))
     splits = {name: encode(rows, tok, s, family) for name, rows in load_rows(s).items()}
+    longest = max(len(ids) for examples in splits.values() for ids, _ in examples)
+    if config.position == "learned" and longest > config.max_len:
+        raise ValueError(f"--max_len={s.max_len}: a row has {longest} tokens, and {s.init} has positions for {config.max_len}; take --max_len={config.max_len}")
     examples = splits.pop("train")
     batches_an_epoch = -(-len(examples) // s.batch_size)
     max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
     cuts = eval.adalora_cuts(s, max_iters, ADALORA[s.task][2])
-    set_dropout(net, s.dropout, s.cls_dropout)
+    set_dropout(net, s.dropout, s.cls_dropout, family)
     report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
                            calibrate=calibration(s, net, examples, device) if balora.METHODS[s.method].needs else None, rounds=s.rounds, keep=s.keep, gamma=s.gamma,
                            correct_B=s.correct_B)
     print(report)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
-    start = eval.open_run(s, net, device, base, labels=task.labels, metric=task.metric, trainable=report.trainable - report.head)
+    start = eval.open_run(s, net, device, base, labels=task.labels, metric=task.metric, trainable=report.trainable - report.head,
+                          rows={name: len(rows) for name, rows in splits.items()} | {"train": len(examples)}, classes=sorted(Counter(y for _, y in examples).items()) if task.labels else [])
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
 
+    if s.compile:
+        net.compile_blocks()
     # the teacher: before step 1 every method's network is the pre-trained one, with the student's own head
     if start:
         Z_P, step = start["Z_P"], eval.restore(start, net, optimizer)
@@ -735,15 +753,15 @@ def train(s):
         taught = splits | ({"train": examples} if s.lambda1 else {})             # dev rows: for the drift
         Z_P, step = {name: predict(net, rows, device, desc="teacher")[0] for name, rows in taught.items()}, 0
     start = None
-    if s.compile:
-        net.compile_blocks()
     net.train()
-    say_what_is_idle(s, len(task.labels) or 1, net.config.d)
+    say_what_is_idle(s, len(task.labels) or 1, net.config.d, len(examples))
 
     warmup = min(s.warmup / max_iters, 1.0) if s.warmup >= 1 else s.warmup
     eval_interval = s.eval_interval or batches_an_epoch
     lengths, labels = [len(ids) for ids, _ in examples], [label for _, label in examples]
     unmoved = {name for name in named if not mute(name, family)} if step < 3 else set()
+    if warmup > 0.25:
+        print(f"warm-up takes {100 * warmup:.0f} % of the run's {max_iters} steps (--warmup={s.warmup:g}); a share such as --warmup=0.1 suits a short run")
     print(f"{max_iters} steps of {s.batch_size} rows in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)}")
 
     def evaluate():
@@ -772,6 +790,7 @@ def train(s):
         if s.schedule:
             lambdas = balora.lambda_schedule(step, max_iters, lambdas)
         micro = [rows[i:i + s.micro_batch] for i in range(0, len(rows), s.micro_batch)]
+        acting = sum(len(part) > 1 for part in micro) or 1                       # a matrix of one row has no covariance and one singular value
 
         # forward and backward, micro-batch by micro-batch
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"), None)
@@ -781,7 +800,7 @@ def train(s):
             if not Z_F.isfinite().all():
                 raise ValueError(eval.diverged(step, lr, s))
             total, values = balora.loss_nlu(Z_F, y, Z_P["train"][part].to(device) if s.lambda1 else None, lambdas, s.T, s.k,
-                                            features if s.regularize == "features" else None, len(rows), 1 / len(micro), s.label_smoothing)
+                                            features if s.regularize == "features" else None, len(rows), 1 / acting, s.label_smoothing)
             total.backward()
             for name, value in values.items():
                 terms[name] = value.item() + (terms[name] or 0.0)
@@ -813,7 +832,7 @@ def train(s):
     return finish(s, net, tok, full, splits["dev"], device)
 
 
-def say_what_is_idle(s, D, d):
+def say_what_is_idle(s, D, d, rows):
     """Terms with a weight that cannot act on this task, and what SVDR's k becomes: aloud, once."""
     look, n = (d if s.regularize == "features" else D), s.micro_batch
     idle = balora.idle_terms(n, D, look)
@@ -822,6 +841,8 @@ def say_what_is_idle(s, D, d):
             print(f"L_{name.upper()} cannot act here: {idle[name]}")
     if s.lambda3 and "svdr" not in idle and s.k >= min(n, look):
         print(f"L_SVDR: k = {min(n, look) - 1} of min(N, D) = {min(n, look)} singular values (with k = {s.k} it would be the constant -1)")
+    if (s.lambda2 or s.lambda3) and "dr" not in idle and rows % s.batch_size % n == 1:
+        print(f"a micro-batch of every epoch has a single row ({rows:,} rows in batches of {s.batch_size}): L_DR and L_SVDR cannot act on it")
 
 
 def finish(s, net, tok, full, dev, device):

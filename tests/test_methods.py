@@ -1,6 +1,6 @@
 """The methods of the poster's tables against peft, the theorems of their papers, and the invariants of METHODS.md."""
-import copy
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 import balora
 import model
-from conftest import calibration, encoder
+from conftest import ROOT, calibration, encoder
 
 IDS = torch.randint(2, 211, (3, 40), generator=torch.Generator().manual_seed(5))
 peft = pytest.importorskip("peft")
@@ -517,3 +517,12 @@ def test_published_counts_of_every_method():
         "lora-fa": 174_063_616, "dora": 321_175_552, "adalora": 479_766_528, "full": 6_738_415_616}
     deberta = {method: count("deberta-v3-base", method, 8, 2) for method in ("lora", "dora", "adalora", "lora-fa", "bitfit")}
     assert deberta == {"lora": 1_327_104, "dora": 1_410_048, "adalora": 1_991_520, "lora-fa": 663_552, "bitfit": 102_912}
+
+
+def test_the_readme_points_at_the_right_lines():
+    """[`name`](balora.py#Lnn) links of the README's table."""
+    lines = (ROOT / "balora.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(balora\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 12 and all(re.match(rf"(class|def) {name}\b", lines[int(n) - 1]) for name, n in links), links
+    table = (ROOT / "README.md").read_text().partition("## Fifteen methods")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `([\w+-]+)` \|", table, re.M)) == set(balora.METHODS)

@@ -139,6 +139,24 @@ def test_against_runs_the_others_on_the_same_seed_and_data(base, capsys):
     assert "balora" in table and "pissa" in table and "lora" in table and "macro_f1" in table
 
 
+def test_against_takes_each_method_once_and_its_own_lambdas(base, capsys):
+    train("--method=pissa", "--against=pissa,lora,lora", "--lambda1=0.5", "--max_iters=2", "--out_dir=o")
+    assert capsys.readouterr().out.count("seed 0 ->") == 2 and log("o")[0]["cr"] is not None
+    assert [json.load(open(f"{out}/config.json"))["settings"]["lambda1"] for out in ("o", "o-lora")] == [0.5, 0.0]
+
+
+def test_default_run_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_nlu.main(["--pretrain_iters=3", "--max_iters=3", "--epochs=1"])
+    out = capsys.readouterr().out
+    for word in ("balora, seed 0 -> out/tiny-world-balora-0", "pissa, seed 0 -> out/tiny-world-pissa-0", "0 entailment               800       800", "recall_contradiction", "drift"):
+        assert word in out, word
+    record = json.load(open("out/tiny-world-pissa-0/config.json"))
+    assert record["rows"] == {"dev": 600, "train": 1120} and record["classes"] == [[0, 800], [1, 240], [2, 80]] and record["trainable"] == 36_864
+    train_nlu.main(["--pretrain_iters=3", "--max_iters=3", "--method=pissa", "--out_dir=again"])     # its preset's --against=pissa is this very run
+    assert log("again") == log("out/tiny-world-pissa-0")
+
+
 def test_noise_imbalance_and_strata_are_said_and_recorded(base, capsys):
     train("--label_noise=0.25", "--imbalance=10:5:2", "--stratified", "--max_iters=2", "--out_dir=o")
     out = capsys.readouterr().out
@@ -242,10 +260,15 @@ def test_bad_input_is_one_line(base):
                         (["--alpha=0"], "--alpha=0"), (["--lambda1=-1"], "--lambda1=-1"), (["--regularize=heads"], "logits or features"), (["--label_noise=2"], "label_noise"),
                         (["--imbalance=1:2"], "expected 3 numbers"), (["--init=tiny"], "leave both out"), (["--data=none.jsonl"], "none.jsonl"),
                         (["--data=odd.jsonl"], "unknown label 'maybe'"), (["--targets=gate_proj"], "nothing matches gate_proj"), (["--max_len=2"], "max_len=2"),
-                        (["--learning_rate=1e30", "--method=full", "--grad_clip=0"], "not finite"), (["--label_smoothing=1"], "label_smoothing"), (["--devise=cpu"], "did you mean device")):
+                        (["--learning_rate=1e30", "--method=full", "--grad_clip=0"], "not finite"), (["--label_smoothing=1"], "label_smoothing"), (["--pretrain_iters=0"], "pretrain_iters"),
+                        (["--task=stsb", "--stratified"], "--stratified needs classes"), (["--correct_B", "--method=lora"], "LoRA-FA"), (["--method=adalora", "--adalora_first=9", "--adalora_last=9"], "16 steps"), (["--devise=cpu"], "did you mean device")):
         with pytest.raises(ValueError, match=words) as e:
             train(*argv, "--out_dir=bad", "--overwrite")
         assert "\n" not in str(e.value)
+    (base / "long.jsonl").write_text(json.dumps({"premise": "w1 " * 70, "hypothesis": "w2", "label": 0}))
+    with pytest.raises(ValueError, match="a row has 74 tokens, and base has positions for 64"):
+        train("--eval_data=long.jsonl", "--max_len=80", "--out_dir=worse")
+    assert not (base / "worse").exists()                                          # all of this before anything is written
     train("--max_iters=1", "--out_dir=o")
     with pytest.raises(ValueError, match="other settings: seed"):
         train("--max_iters=1", "--out_dir=o", "--seed=3", "--resume")
