@@ -35,6 +35,7 @@ import traceback
 import types
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ def in_range(settings, rules):
                 raise ValueError(f"--{name}={value} is out of range: {notes(type(settings))[name]}")
 
 
+@lru_cache
 def notes(cls):
     """The comment behind each field of a settings dataclass."""
     return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.M))

@@ -525,4 +525,4 @@ def test_the_readme_points_at_the_right_lines():
     links = re.findall(r"\[`(\w+)`\]\(balora\.py#L(\d+)\)", (ROOT / "README.md").read_text())
     assert len(links) > 12 and all(re.match(rf"(class|def) {name}\b", lines[int(n) - 1]) for name, n in links), links
     table = (ROOT / "README.md").read_text().partition("## Fifteen methods")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `([\w+-]+)` \|", table, re.M)) == set(balora.METHODS)
+    assert set(re.findall(r"^\| `([\w+-]+)` \|", table, re.M)) - {"--method"} == set(balora.METHODS)
