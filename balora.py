@@ -350,7 +350,7 @@ def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False
     for group in tqdm(groups, desc=f"{needs.__name__} of {len(names)} layers", unit="group", disable=not progress):
         each = []
         for i in range(rounds):
-            with needs(model, group) as found:
+            with needs(model, group) as found, evaluating(model):                # dropout would blur what is measured
                 calibrate(i)
             each.append(found)
         empty = [name for name in group if any(name not in found for found in each)]
@@ -358,6 +358,17 @@ def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False
             raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{' backward' * (needs is gradients)}?")
         for name in group:
             yield name, [found.pop(name) for found in each]
+
+
+@contextmanager
+def evaluating(model):
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @contextmanager
@@ -1076,7 +1087,7 @@ def load_adapter(model, folder):
     model.requires_grad_(False)
     for name in layers:
         tensors = {leaf: state[f"{name}.{leaf}"] for leaf in leaves}
-        replace(model, ours[name], loaded_layer(kind, model.get_submodule(ours[name]), name, config, folder, tensors, getattr(model, "width", 0)))
+        replace(model, ours[name], loaded_layer(model, kind, model.get_submodule(ours[name]), name, config, folder, tensors))
     return len(layers)
 
 
@@ -1084,12 +1095,12 @@ LEAVES = {LowRank: ("lora_A.weight", "lora_B.weight"), DoRA: ("lora_A.weight", "
           **dict.fromkeys((Houlsby, Pfeiffer), ("down", "down_bias", "up", "up_bias"))}
 
 
-def loaded_layer(kind, module, name, config, folder, tensors, width):
+def loaded_layer(model, kind, module, name, config, folder, tensors):
     """The adapted layer that saved tensors make of a plain one."""
     if kind in OWN_FORMS:
-        layer = BiasOffset(module) if kind is BiasOffset else kind(module, width, len(tensors["down"]), torch.Generator())
+        layer = BiasOffset(module) if kind is BiasOffset else kind(module, model.width, len(tensors["down"]), torch.Generator())
         places = {"bias_offset": layer.offset} if kind is BiasOffset else {leaf: getattr(layer, leaf) for leaf in tensors}
-        device = getattr(module, "weight", next(iter(places.values()))).device
+        device = next(model.parameters()).device
     else:
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         if (B.shape[0], A.shape[1]) != tuple(module.weight.shape):
