@@ -257,8 +257,8 @@ def top_svd(W, r, niter, oversample, rng):
     """
     home, W = W.device, W.to(rng.device)
     if niter == 0 or r + oversample >= min(W.shape):
-        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :r].to(home), S[:r].to(home), Vt[:r].to(home)
+        U, S, Vt = (t.to(home) for t in exact_svd(W, rng))
+        return U[:, :r], S[:r], Vt[:r]
     wide = W.shape[0] < W.shape[1]
     tall = W.T if wide else W                                                   # [m, n], n ≤ m
     a, b = tall.chunk(2, dim=1)
@@ -362,6 +362,7 @@ def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False
 
 @contextmanager
 def evaluating(model):
+    """Within it, `model` is in eval mode; every module has its own mode back afterwards, also on an exception."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -655,7 +656,7 @@ def teacher(model):
     layers, copy = adapted_layers(model).values(), getattr(model, "pretrained", None)
     if not layers and not copy:
         raise ValueError('teacher: no adapter to switch off; attach one ("full" needs frozen_copy=True)')
-    switches, modes = [(m, m.on) for m in layers], [(m, m.training) for m in model.modules()]
+    switches = [(m, m.on) for m in layers]
 
     def swap():
         for name, p in model.named_parameters():
@@ -665,15 +666,12 @@ def teacher(model):
     try:
         for m in layers:
             m.on = False
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield model
     finally:
         swap()
         for m, on in switches:
             m.on = on
-        for m, training in modes:
-            m.training = training
 
 
 def merge(model):
