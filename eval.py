@@ -609,12 +609,16 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
     return out
 
 
-def write_answers(net, examples, max_new, batch_size, eos, desc="generate", done=None):
-    """Greedy continuations of the prompts of `examples`, in length-sorted batches -> list of id lists. done(i, ids) is called for each."""
-    out = [None] * len(examples)
-    for rows in tqdm(batches_by_length(examples, batch_size), desc=desc, unit="batch", leave=False, disable=None):
-        room = net.config.max_len - max(len(examples[i][0]) for i in rows)
-        for i, ids in zip(rows, net.generate([examples[i][0] for i in rows], min(max_new, room), eos=eos)):
+def write_answers(net, prompts, max_new, batch_size, eos, desc="generate", done=None, temperature=0.0, top_p=1.0, seed=0):
+    """Continuations (greedy at temperature 0) of `prompts`, lists of ids, in length-sorted batches -> list of id lists. done(i, ids) is called for each.
+
+    A prompt that leaves no room in the model's context is answered by nothing.
+    """
+    out = [[] for _ in prompts]
+    for rows in tqdm(batches_by_length([(p, ()) for p in prompts], batch_size), desc=desc, unit="batch", leave=False, disable=None):
+        room = min(max_new, net.config.max_len - max(len(prompts[i]) for i in rows))
+        answers = net.generate([prompts[i] for i in rows], room, temperature, top_p, eos, seed + rows[0]) if room > 0 else [[] for _ in rows]
+        for i, ids in zip(rows, answers):
             out[i] = ids
             if done:
                 done(i, ids)
@@ -790,41 +794,61 @@ def answer_file(run, name, head):
     return path, lines[1:]
 
 
-def rows_of(o, settings):
+def rows_of(o):
     """The rows a command asks for, read by the run's field names unless others are given."""
+    settings = read_json(os.path.join(o.run, "config.json"))["settings"] if o.run else {}
     names = (getattr(o, name) or settings.get(name, "") for name in ("prompt_field", "response_field"))
     return read_rows(o.data, *names)[-o.last if o.last else 0:][:o.limit or None]
 
 
+def answer_items(o, name, prompts, judge, max_new=512, n=1):
+    """n answers of the model to each of `prompts` (fill() has framed them), a line of RUN/NAME.jsonl each as it comes: on from where it was stopped.
+
+    judge(i, text) -> dict, the verdict on an answer to prompt i; it stands in the line beside row, sample and answer. -> path, all lines in order.
+    """
+    net, tok, settings, device = open_model(o)
+    max_new, coded = o.max_new or settings.get("max_new", max_new), [tok.bos + tok.encode(prompt) for prompt in prompts]
+    full = sum(len(ids) >= net.config.max_len for ids in coded)
+    print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {o.temperature}" + (f"; {full} fill the context of {net.config.max_len} tokens and count as wrong" if full else ""))
+    head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data,
+                prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new, temperature=o.temperature, top_p=o.top_p, seed=o.seed)
+    path, lines = answer_file(o.run, o.out or name + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
+    seen = {(line["row"], line["sample"]) for line in lines}
+    todo = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in seen]
+
+    def done(at, ids):
+        row, text = todo[at][0], tok.decode(ids)
+        lines.append(dict(row=row, sample=todo[at][1], answer=text, **judge(row, text)))
+        append(path, lines[-1])
+    write_answers(net, [coded[i] for i, _ in todo], max_new, o.batch_size, tok.eos, name, done, o.temperature, o.top_p, o.seed + len(seen))
+    return path, sorted(lines, key=lambda line: (line["row"], line["sample"]))
+
+
+def template_of(o):
+    """The template that a run was tuned with, or --template."""
+    return read_json(os.path.join(o.run, "config.json"))["settings"].get("template", o.template) if o.run else o.template
+
+
+def print_share(what, hits, n, path):
+    low, high = wilson(hits, n)
+    print(f"{what} {100 * hits / n:.2f} % ({hits} of {n}), 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
+
+
 def gsm8k(o):
     """Exact match on GSM8K-like rows: greedy answers, the number after "The answer is: "."""
-    net, tok, settings, device = open_model(o)
-    rows = rows_of(o, settings)
-    template, max_new = settings.get("template", o.template), o.max_new or settings.get("max_new", 512)
-    examples, line = encode_rows(rows, tok, template, net.config.max_len)
-    gold = [extract_answer(tok.decode(a[:-1])) for _, a in examples]
-    print(f"{o.data}: {line}; template {template}; greedy, at most {max_new} tokens; {sum(g is None for g in gold)} rows without a gold number")
-    head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:],
-                data=o.data, rows=len(rows), last=o.last, template=template, max_new=max_new)
-    path, old = answer_file(o.run, o.out or "gsm8k" + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
-    seen = {r["row"] for r in old}
-    todo = [i for i in range(len(examples)) if i not in seen]
-
-    def done(j, ids):
-        text = tok.decode(ids)
-        record = dict(row=todo[j], answer=text, got=extract_answer(text), gold=gold[todo[j]])
-        append(path, record)
-        old.append(record)
-    write_answers(net, [examples[i] for i in todo], max_new, o.batch_size, tok.eos, desc="gsm8k", done=done)
-    hits = sum(r["got"] is not None and r["got"] == r["gold"] for r in old)
-    low, high = wilson(hits, len(old))
-    print(f"exact match {100 * hits / len(old):.2f} % ({hits} of {len(old)}), 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
+    rows, template = rows_of(o), template_of(o)
+    gold = [extract_answer(answer) for _, _, answer in rows]
+    if missing := sum(g is None for g in gold):
+        print(f"{o.data}: {missing} of {len(rows)} rows have no gold number and count as wrong")
+    judge = lambda i, text: dict(got=extract_answer(text), gold=gold[i])
+    path, lines = answer_items(o, "gsm8k", [fill(template, *row[:2]) for row in rows], judge)
+    print_share("exact match", sum(line["got"] is not None and line["got"] == line["gold"] for line in lines), len(lines), path)
 
 
 def loss(o):
     """Loss, drift, diversity, spectrum and the passage's perplexity on rows of your own."""
     net, tok, settings, device = open_model(o)
-    examples, line = encode_rows(rows_of(o, settings), tok, settings.get("template", o.template), settings.get("max_len", 512))
+    examples, line = encode_rows(rows_of(o), tok, settings.get("template", o.template), settings.get("max_len", 512))
     print(f"{o.data}: {line}")
     record = measure(net, tok, examples, o.batch_size, settings.get("K", 20), settings.get("k", 10), device, drift=bool(balora.adapted_layers(net)))
     for name, value in record.items():
@@ -1262,7 +1286,7 @@ class Options:
 MODEL = "run init device dtype "
 COMMANDS = {                          # name: (function, the options it reads)
     "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
-    "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size out"),
+    "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out"),
     "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),

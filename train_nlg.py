@@ -299,7 +299,7 @@ def main(argv):
         record = dict(step=step, **eval.measure(net, tok, held_out, s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
         if s.eval_generate:
             asked = held_out[:s.eval_generate]
-            answers = eval.write_answers(net, asked, s.max_new, 32, tok.eos)
+            answers = eval.write_answers(net, [prompt for prompt, _ in asked], s.max_new, 32, tok.eos)
             pairs = [(eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1]))) for ids, (_, a) in zip(answers, asked)]
             record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
             record["exact_match"] = sum(got is not None and got == gold for got, gold in pairs) / len(pairs) if any(gold is not None for _, gold in pairs) else None

@@ -275,7 +275,7 @@ def test_gsm8k_goes_on_where_it_was_stopped(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == first and sorted(path.read_text().splitlines()) == sorted(lines)
     with pytest.raises(ValueError, match="was made with"):
         command(*args[:-2], "--max_new=5")
-    right = [dict(row=i, answer="The answer is: 5", got=5, gold=5) for i in range(8)]
+    right = [dict(row=i, sample=0, answer="The answer is: 5", got=5, gold=5) for i in range(8)]
     path.write_text("\n".join([lines[0], *map(json.dumps, right)]) + "\n")
     command(*args)
     assert "exact match 100.00 % (8 of 8)" in capsys.readouterr().out
