@@ -37,7 +37,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
@@ -160,8 +160,10 @@ class AdaLoRA(nn.Module):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
         B, A = self.bracket()
-        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) if self.on else y
+        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
     merged = LowRank.merged
 
@@ -288,19 +290,22 @@ def init_adalora(W, r, s, rng, **_):
 def init_lora_ga(W, r, s, rng, stat=None, gamma=16.0, **_):
     """From the gradient G = ∂L/∂W (stat) = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ; no singular value enters (Wang et al. 2024, "stable").
 
-    With it the first step's change of s B A is the best rank-2r approximation of G. Needs 2r ≤ min(out, in).
+    With it the first step's change of s B A is the best rank-2r approximation of G. Needs 2r ≤ min(out, in). The randomised SVD is the authors'
+    (not `top_svd`, whose Gram matrix would lose what is below 1e-3 of σ_1: a gradient's spectrum falls faster than a weight's).
     """
-    if 2 * r > min(W.shape):
-        raise ValueError(f"lora-ga: r={r} needs 2r singular directions, and a layer is {list(W.shape)}; choose r of at most {min(W.shape) // 2}")
-    U, _, Vt = top_svd(stat.to(W.device), 2 * r, 4, 2 * r, rng)
+    with torch.random.fork_rng([rng.device] if rng.device.type == "cuda" else []):
+        torch.manual_seed(torch.randint(2**31, (1,), generator=rng, device=rng.device).item())
+        U, _, V = torch.svd_lowrank(stat.to(rng.device), q=min(4 * r, *W.shape), niter=4)
     c = W.shape[0] ** 0.25 / math.sqrt(gamma)
-    return c * Vt[:r], c * U[:, r:]
+    return c * V[:, :r].T.to(W.device), c * U[:, r:2 * r].to(W.device)
 
 
-def init_corda(W, r, s, rng, stat=None, keep="first", **_):
+def init_corda(W, r, s, rng, stat=None, keep="first", damping=None, **_):
     """From the inputs' covariance C (stat): W C̃ = U S Qᵀ, Vᵀ = Qᵀ C̃⁻¹; the first r triplets (IPM: adapt what the inputs use) or the last r (KPM: leave that alone)
-    (Yang et al. 2024). C = I gives PiSSA and MiLoRA."""
-    U, S, Vt = context_svd(W, stat, rng)
+    (Yang et al. 2024). C = I gives PiSSA and MiLoRA. damping: a list that takes the share of the damping, see `damp`."""
+    U, S, Vt, share = context_svd(W, stat, rng)
+    if damping is not None:
+        damping.append(share)
     part = slice(None, r) if keep == "first" else slice(-r, None)
     return split(U[:, part], S[part], Vt[part], s)
 
@@ -316,35 +321,43 @@ def exact_svd(W, rng):
 
 
 def context_svd(W, C, rng):
-    """-> U, S of W C̃, and Vᵀ = Qᵀ C̃⁻¹, so that U S Vᵀ = W."""
-    damped, inverse = damp(C.to(rng.device).float())
+    """-> U, S of W C̃, and Vᵀ = Qᵀ C̃⁻¹, so that U S Vᵀ = W; the share of C's damping."""
+    damped, inverse, share = damp(C.to(rng.device).float())
     U, S, Qt = exact_svd(W.float().to(rng.device) @ damped, rng)
-    return U.to(W.device), S.to(W.device), (Qt @ inverse).to(W.device)
+    return U.to(W.device), S.to(W.device), (Qt @ inverse).to(W.device), share
 
 
 def damp(C, share=0.01):
-    """C̃ = C + share · mean(diag C) · I, the share doubled until C̃ C̃⁻¹ is I to 0.05. [in, in] -> C̃, C̃⁻¹. Raises ValueError where nothing helps."""
+    """C̃ = C + share · mean(diag C) · I, the share doubled until C̃ C̃⁻¹ is I to 0.05. [in, in] -> C̃, C̃⁻¹, share. Raises ValueError where nothing helps."""
     I = torch.eye(len(C), device=C.device)
     for _ in range(12 if C.isfinite().all() and C.diag().mean() > 0 else 0):
         damped = C + share * C.diag().mean() * I
         inverse = torch.linalg.inv_ex(damped).inverse
         if (damped @ inverse - I).norm() < 0.05:
-            return damped, inverse
+            return damped, inverse, share
         share *= 2
-    raise ValueError("corda: a layer's covariance is zero or not finite, or cannot be inverted; look at the calibration rows")
+    raise ValueError("the covariance of its inputs is zero or not finite, or cannot be inverted; look at the calibration rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics that two initialisations need. `calibrate(round)` runs the model on calibration rows, one row at a time; for gradients it goes backward too.
 
-def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False):
-    """Yield (layer name, [its statistic of every round]), the layers taken in groups whose statistics fit into `gib` GiB: calibrate runs once a group and round."""
-    size = lambda name: 4 * math.prod(model.get_submodule(name).weight.shape) if needs is gradients else 4 * model.get_submodule(name).weight.shape[1] ** 2
+GROUP = 4 * 2**30                     # bytes of statistics held at a time
+
+
+def statistic_size(layer, needs):
+    """Bytes of a layer's gradient [out, in] or covariance [in, in], fp32."""
+    return 4 * (layer.weight.numel() if needs is gradients else layer.weight.shape[1] ** 2)
+
+
+def statistics(model, names, needs, calibrate, rounds=1, room_of_group=GROUP, progress=False):
+    """Yield (layer name, [its statistic of every round]), the layers taken in groups whose statistics fit into so many bytes: calibrate runs once a group and round."""
+    size = lambda name: statistic_size(model.get_submodule(name), needs)
     groups, room = [], 0
     for name in names:
         if not groups or size(name) * rounds > room:
             groups.append([])
-            room = gib * 2**30
+            room = room_of_group
         groups[-1].append(name)
         room -= size(name) * rounds
     for group in tqdm(groups, desc=f"{needs.__name__} of {len(names)} layers", unit="group", disable=not progress):
@@ -355,7 +368,7 @@ def statistics(model, names, needs, calibrate, rounds=1, gib=4.0, progress=False
             each.append(found)
         empty = [name for name in group if any(name not in found for found in each)]
         if empty:
-            raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{' backward' * (needs is gradients)}?")
+            raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{' backward' * (needs is gradients)} on inputs with a batch dimension?")
         for name in group:
             yield name, [found.pop(name) for found in each]
 
@@ -422,20 +435,21 @@ def covariances(model, names):
 
 # CorDA++ (Yang et al. 2025, arXiv 2506.13187, Eq. 7-10): which covariance a layer takes, and how many directions
 
-def compactness(C, out):
-    """log π(C) of the damped covariance, π = √(out · σ_max) / σ_min: lower is more compact."""
-    sigma = torch.linalg.eigvalsh(damp(C.float())[0])
+def compactness(damped, out):
+    """log π of a damped covariance, π = √(out · σ_max) / σ_min: lower is more compact."""
+    sigma = torch.linalg.eigvalsh(damped)
     return (0.5 * (math.log(out) + sigma[-1].log()) - sigma[0].clamp_min(1e-30).log()).item()
 
 
 def choose_covariance(W, candidates, rng):
-    """Eq. 7-8: of a layer's covariances the one with the smallest log π(C) · Σ_i σ_i / σ_max, σ of W C̃. -> C, its log π, σ [min(out, in)]."""
+    """Eq. 7-8: of a layer's covariances the one with the smallest log π(C) · Σ_i σ_i / σ_max, σ of W C̃. -> its index, log π, σ [min(out, in)]."""
     best = None
-    for C in candidates:
-        log_pi, sigma = compactness(C.to(rng.device), W.shape[0]), context_svd(W, C, rng)[1].cpu()
+    for i, C in enumerate(candidates):
+        damped = damp(C.to(rng.device).float())[0]
+        log_pi, sigma = compactness(damped, W.shape[0]), torch.linalg.svdvals(W.float().to(rng.device) @ damped).cpu()
         score = log_pi * (sigma.sum() / sigma[0]).item()
         if best is None or score < best[0]:
-            best = score, C, log_pi, sigma
+            best = score, i, log_pi, sigma
     return best[1:]
 
 
@@ -443,12 +457,12 @@ def allocate_ranks(spectra, log_pi, width, budget, keep):
     """Eq. 9-10: rank of each layer within `budget` parameters. spectra {name: σ [R], falling}, width {name: in + out}. -> {name: rank of the adapter}.
 
     n smallest directions are filtered out of each layer, from n = 1 on: always one more from the layer with the lowest log π · σ_-n / Σ_{k≤R-n} σ_k. keep "last"
-    (KPM): they become the adapter, until the budget is passed; "first" (IPM): the others do, until they fit into it.
+    (KPM): they become the adapter, until the budget is passed; "first" (IPM): the others do, until they fit into it. A layer of one direction keeps it.
     """
     n, tail, head = dict.fromkeys(spectra, 1), *({name: f(sigma.double()).tolist() for name, sigma in spectra.items()} for f in (torch.clone, lambda t: t.cumsum(0)))
     score = lambda name: log_pi[name] * tail[name][-n[name]] / head[name][-1 - n[name]]
-    rank = (lambda name: n[name]) if keep == "last" else lambda name: len(spectra[name]) - n[name]
-    heap, used = [(score(name), name) for name in spectra], sum(width[name] * rank(name) for name in spectra)
+    rank = (lambda name: n[name]) if keep == "last" else lambda name: max(len(spectra[name]) - n[name], 1)
+    heap, used = [(score(name), name) for name in spectra if len(spectra[name]) > 1], sum(width[name] * rank(name) for name in spectra)
     heapq.heapify(heap)
     while heap and (used <= budget if keep == "last" else used >= budget):
         _, name = heapq.heappop(heap)
@@ -491,6 +505,7 @@ METHODS = {
     "hadapter": Method("h + Up SiLU(Down h) behind attention and MLP", layer=Houlsby),
     "padapter": Method("a bottleneck around the norm behind the MLP", layer=Pfeiffer),
 }
+ENCODERS_ONLY = ("bitfit", "hadapter", "padapter")      # biases, post-norm blocks: LLaMA has neither
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -507,24 +522,26 @@ class Report:
     trainable: int = 0
     head: int = 0                                    # of those, in a classification head, which trains whole
     total: int = 0                                   # parameters of the network itself
+    notes: list = field(default_factory=list)        # what an initialisation has to say
 
     def __str__(self):
         rows = [f"  {pattern:<12} {len(names):>4} layers   {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}" for pattern, names in self.matched.items()]
         title = f"{self.method}: {METHODS[self.method].what}" + (f" (r={self.r}, alpha={self.alpha:g})" if METHODS[self.method].init else "")
         share = f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"
-        return "\n".join([title, *rows, share + (f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else "")])
+        return "\n".join([title, *rows, *(f"  {note}" for note in self.notes), share + (f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else "")])
 
 
 def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter=10, oversample=8, frozen_copy=False, progress=False, calibrate=None, rounds=5,
-           keep="first", gamma=16.0, correct_B=False):
+           keep="first", gamma=16.0, correct_B=False, start=None):
     """Freeze `model` and make it trainable by `method`. Any module that holds nn.Linear layers will do. Submodules that it names in `trained_whole`
     (a classification head) train too.
 
     r: rank; of bottleneck adapters their width; AdaLoRA starts at 1.5 r and ends at r on average. alpha: the bracket counts s = alpha / r (None: alpha = r).
-    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections. niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
+    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections (bitfit: every bias; bottlenecks: every place). niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
     frozen_copy: for "full", keep the pre-trained weights too, which `teacher` needs there. calibrate(round): runs the model on rows, see `statistics`;
     LoRA-GA and CorDA need it (CorDA++ `rounds` times, and a second time once the ranks are known). keep: of CorDA's triplets, "first" (IPM) or "last" (KPM). gamma: LoRA-GA's γ.
-    correct_B: LoRA-FA's second version. -> Report.
+    correct_B: LoRA-FA's second version. start: {name: tensor}, the network's state at a checkpoint to go on from: A0, B0 and ranks are those, nothing is measured or
+    decomposed again. -> Report.
     Raises ValueError: unknown method, r or alpha out of range, a pattern that matches nothing, no calibration, a second attach.
     """
     if method not in METHODS:
@@ -549,8 +566,12 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
         bar = lambda items: tqdm(items, desc=f"{method} initialisation", unit="layer", total=len(names), disable=not (progress and m.init))
         if m.init:
             options = dict(niter=niter, oversample=oversample, keep=keep, gamma=gamma)
-            start = starts(model, method, names, r, alpha / r, rng, calibrate, rounds, progress, options)
-            for name, (A0, B0) in (list if m.needs else iter)(bar(start)):       # what is measured is the plain network
+            pairs = resumed(model, names, start, m.layer, None if method == "corda++" else first_rank(m, r)) if start else starts(model, method, names, r, alpha / r, rng, calibrate, rounds, progress, options, report.notes)
+            pairs = bar(pairs)
+            if m.needs:                                                          # what is measured is the plain network
+                made = list(pairs)[::-1]
+                pairs = (made.pop() for _ in names)
+            for name, (A0, B0) in pairs:
                 s = alpha / (len(A0) + 1e-5) if m.layer is AdaLoRA else alpha / r
                 replace(model, name, m.layer(model.get_submodule(name), A0, B0, s, *([] if m.train_A else [False])))
         else:
@@ -566,37 +587,65 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
     return report
 
 
-def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options):
-    """Yield (name, (A0, B0)) of each layer, measuring first what the method needs."""
+def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options, notes):
+    """Yield (name, (A0, B0)) of each layer, measuring first what the method needs; what there is to say about it goes into `notes`."""
     m, W = METHODS[method], lambda name: model.get_submodule(name).weight.detach()
-    ranks = dict.fromkeys(names, math.ceil(1.5 * r) if m.layer is AdaLoRA else r)
-    small = min(names, key=lambda name: min(W(name).shape))
-    if ranks[small] > min(W(small).shape):
-        raise ValueError(f"r={r}{' (1.5 r at the start)' if m.layer is AdaLoRA else ''} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r")
+    ranks = dict.fromkeys(names, first_rank(m, r))
+    small, directions, why = min(names, key=lambda name: min(W(name).shape)), ranks[names[0]], " (1.5 r at the start)" if m.layer is AdaLoRA else ""
+    if m.init is init_lora_ga:
+        directions, why = 2 * r, " (lora-ga takes 2r directions)"
+    if directions > min(W(small).shape):
+        raise ValueError(f"r={r}{why} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r")
     if next(iter(model.parameters())).is_meta:                                   # a dry run: shapes only
         zero = m.init is init_lora
         yield from ((name, (W(name).new_empty(ranks[name], W(name).shape[1]), None if zero else W(name).new_empty(W(name).shape[0], ranks[name]))) for name in names)
         return
-    stats = ((name, [None]) for name in names)
+    tokens, damping, stats = [], [], ((name, [None]) for name in names)
     if m.needs:
         if calibrate is None:
             raise ValueError(f"{method} starts from {m.needs.__name__}: attach(..., calibrate=function that runs the model on some rows)")
-        measure = lambda: statistics(model, names, m.needs, calibrate, rounds if method == "corda++" else 1, progress=progress)
+        measure = lambda: statistics(model, names, m.needs, lambda i: tokens.append(calibrate(i)), rounds if method == "corda++" else 1, progress=progress)
         stats = measure()
         if method == "corda++":
-            chosen = {name: choose_covariance(W(name), found, rng)[1:] for name, found in stats}     # log π, σ
+            chosen = {name: choose_covariance(W(name), found, rng) for name, found in stats}         # index, log π, σ
             width = {name: sum(W(name).shape) for name in names}
-            ranks = allocate_ranks({name: sigma for name, (_, sigma) in chosen.items()}, {name: log_pi for name, (log_pi, _) in chosen.items()}, width,
+            ranks = allocate_ranks({name: sigma for name, (_, _, sigma) in chosen.items()}, {name: log_pi for name, (_, log_pi, _) in chosen.items()}, width,
                                    r * sum(width.values()), options["keep"])
-            stats = ((name, [choose_covariance(W(name), found, rng)[0]]) for name, found in measure())
+            won, order = Counter(i for i, _, _ in chosen.values()), sorted(ranks.values())
+            notes.append(f"ranks {order[0]} to {order[-1]}, median {order[len(order) // 2]}; layers that chose round 1, 2, ...: {', '.join(str(won[i]) for i in range(rounds))}")
+            stats = ((name, [found[chosen[name][0]]]) for name, found in measure())
     for name, (stat,) in stats:
-        yield name, m.init(W(name), ranks[name], s, rng, stat=stat, **options)
+        try:
+            yield name, m.init(W(name), ranks[name], s, rng, stat=stat, damping=damping, **options)
+        except ValueError as e:
+            raise ValueError(f"{method}: {name}: {e}") from None
+    if damping:
+        raised = sum(share > min(damping) for share in damping)
+        notes.append(f"covariances damped by {min(damping):.0%} of their mean diagonal" + (f", up to {max(damping):.0%} in {raised} layers" if raised else ""))
+        read = min((n for n in tokens if n), default=math.inf)
+        if short := sum(W(name).shape[1] > read for name in names):
+            notes.append(f"{short} of {len(names)} layers have more inputs than the {read:,} tokens measured, so their covariances lack rank; more calibration rows mend that")
+
+
+def first_rank(m, r):
+    return math.ceil(1.5 * r) if m.layer is AdaLoRA else r
+
+
+def resumed(model, names, state, layer, rank):
+    """Yield (name, (A0, B0)) as they stand in the state of a checkpoint: A and B themselves where A0, B0 are not kept. rank: what they must have, None: any."""
+    for name in names:
+        A, B, A0, B0 = (state.get(f"{name}.{leaf}") for leaf in ("A", "B", "A0", "B0"))
+        if A is None or rank not in (None, len(A)):
+            raise ValueError(f"start: {'no ' if A is None else f'rank {len(A)}, not {rank}, of '}{name}.A in it; is it a checkpoint of another model or adapter?")
+        A0, B0, W = A if A0 is None else A0, B if layer is AdaLoRA else B0, model.get_submodule(name).weight
+        yield name, (A0.to(W.device), None if B0 is None else B0.to(W.device))
 
 
 def correct(model):
     """LoRA-FA's second version (arXiv 2308.03303v2): B's gradient times (A Aᵀ)⁻¹ / s², which makes the step of s B A the closest one to full tuning's."""
     for layer in adapted_layers(model).values():
-        P = torch.linalg.inv(layer.A.double() @ layer.A.double().T + 1e-8 * torch.eye(len(layer.A), dtype=torch.float64, device=layer.A.device)) / layer.s**2
+        A = layer.A.detach().cpu().double()
+        P = torch.linalg.inv(A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype)) / layer.s**2
         layer.B.register_hook(lambda g, P=P.to(layer.B): g @ P)
 
 
@@ -993,21 +1042,25 @@ def save_adapter(model, folder, base=None):
         raise ValueError("save_adapter: the model has no adapter (a fully tuned model is saved whole, by model.save)")
     public = public_name(model)
     kind = type(next(iter(layers.values())))
-    state = {f"{public(name)}.{leaf}": t for name, layer in layers.items() for leaf, t in saved_tensors(layer).items()}
+    tensors = {name: {leaf: t.cpu() for leaf, t in found.items()} for name, layer in layers.items() if (found := saved_tensors(layer))}
+    if not tensors:
+        raise ValueError("save_adapter: every E is zero, so there is no triplet to save; has AdaLoRA taken a step?")
+    state = {f"{public(name)}.{leaf}": t for name, found in tensors.items() for leaf, t in found.items()}
     head = {f"{name}.{leaf}": p for name, module in whole(model).items() for leaf, p in module.state_dict().items()}
-    state |= {public(name): p for name, p in head.items()}
+    state |= {public(name): p.cpu() for name, p in head.items()}
     modules = dict.fromkeys(public(name).rpartition(".")[0] for name in head)
     saved_whole = dict.fromkeys(m.rpartition(".")[0] or m for m in modules)
-    config = dict(base_model_name_or_path=base, task_type="SEQ_CLS" if head else "CAUSAL_LM", bias="none", inference_mode=True, modules_to_save=list(saved_whole) or None)
+    task = "SEQ_CLS" if head else "SEQ_2_SEQ_LM" if getattr(model, "encoder", None) is not None else "CAUSAL_LM"
+    config = dict(base_model_name_or_path=base, task_type=task, bias="none", inference_mode=True, modules_to_save=list(saved_whole) or None)
     if kind in LINEAR:
         twice = any(layer.B0 is not None for layer in layers.values()) if kind is LowRank else False
         form = "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint" if twice else "lora_A = A, lora_B = B"
-        ranks = {name: rank for name, layer in layers.items() if (rank := len(saved_tensors(layer)["lora_A.weight"]) if saved_tensors(layer) else 0)}
+        ranks = {name: len(found["lora_A.weight"]) for name, found in tensors.items()}
         config |= lora_config(model, {public(n): r for n, r in ranks.items()}, {public(n): layers[n].s * r for n, r in ranks.items()}, kind is DoRA)
     else:
         form, config = OWN_FORMS[kind][1], config | dict(peft_type=OWN_FORMS[kind][0])
     os.makedirs(folder, exist_ok=True)
-    state = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in state.items()}
+    state = {f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
     write_atomic(os.path.join(folder, "adapter_model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt", "form": form})))
     write_atomic(os.path.join(folder, "adapter_config.json"), lambda f: f.write(json.dumps(config, indent=1).encode()))
 
@@ -1057,8 +1110,11 @@ def load_adapter(model, folder):
     path = os.path.join(folder, "adapter_config.json")
     if not os.path.exists(path):
         raise ValueError(f"{folder}: no adapter_config.json; expected a folder in peft's format")
-    with open(path) as f:
-        config = json.load(f)
+    try:
+        with open(path) as f:
+            config = json.load(f)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
     extra = [k for k in ("fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
     if str(config.get("init_lora_weights")).split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
         raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights that initialisation changed; "
@@ -1069,23 +1125,31 @@ def load_adapter(model, folder):
         raise ValueError(f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; plain LoRA, DoRA and this project's own forms can be loaded")
     if adapted_layers(model):
         raise ValueError("load_adapter: this model already has an adapter: merge it first, or load the model anew")
-    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
-        state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
+    weights = os.path.join(folder, "adapter_model.safetensors")
+    try:
+        with safe_open(weights, "pt") as f:
+            state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{weights}: cannot be read ({e}); is it whole?") from None
     public = public_name(model)
     head = {public(f"{name}.{leaf}"): p for name, module in whole(model).items() for leaf, p in module.state_dict(keep_vars=True).items()}
-    for name in head.keys() & state.keys():
+    if lacking := head.keys() - state.keys():
+        raise ValueError(f"{folder}: no {', '.join(sorted(lacking)[:3])} in it, and the model's own head is new; was it tuned as a language model?")
+    for name in head:
         if state[name].shape != head[name].shape:
             raise ValueError(f"{folder}: {name} has shape {list(state[name].shape)}, the model's is {list(head[name].shape)}; another number of classes?")
-        head[name].data = state.pop(name).to(head[name])
+    tuned_head = {name: state.pop(name) for name in head}
     ours, leaves = {public(name): name for name in adaptable(model, kind)[0]}, LEAVES[kind]
     layers = dict.fromkeys(re.sub(rf"\.({'|'.join(map(re.escape, leaves))})$", "", key) for key in state)
     wrong = [n for n in layers if n not in ours] + [k for n in layers for k in (f"{n}.{leaf}" for leaf in leaves) if k not in state]
     if wrong or len(state) != len(leaves) * len(layers):
         raise ValueError(f"{folder}: no place for, or no counterpart to, {', '.join(wrong[:5]) or 'some tensors'}; is it an adapter of this model?")
-    model.requires_grad_(False)
-    for name in layers:
-        tensors = {leaf: state[f"{name}.{leaf}"] for leaf in leaves}
-        replace(model, ours[name], loaded_layer(model, kind, model.get_submodule(ours[name]), name, config, folder, tensors))
+    made = {ours[name]: loaded_layer(model, kind, model.get_submodule(ours[name]), name, config, folder, {leaf: state[f"{name}.{leaf}"] for leaf in leaves}) for name in layers}
+    model.requires_grad_(False)                                                  # nothing was changed up to here
+    for name, layer in made.items():
+        replace(model, name, layer)
+    for name, tensor in tuned_head.items():
+        head[name].data = tensor.to(head[name])
     return len(layers)
 
 

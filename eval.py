@@ -88,6 +88,19 @@ def in_range(settings, rules):
                 raise ValueError(f"--{name}={value} is out of range: {notes(type(settings))[name]}")
 
 
+def check_method(s, paper_lambdas):
+    """What both scripts check of --method and its options; fills in λ1, λ2, λ3: the paper's where they belong to the method, 0 elsewhere."""
+    if s.method not in balora.METHODS:
+        raise ValueError(f"--method={s.method}: {balora.nearest(s.method, balora.METHODS)}known: {', '.join(balora.METHODS)}")
+    for name, value in zip(("lambda1", "lambda2", "lambda3"), paper_lambdas):
+        if getattr(s, name) is None:
+            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    if s.keep not in ("first", "last"):
+        raise ValueError(f"--keep={s.keep}: expected first (IPM) or last (KPM)")
+    if s.correct_B and s.method != "lora-fa":
+        raise ValueError(f"--correct_B with --method={s.method}: it is the second version of lora-fa; leave it out")
+
+
 @lru_cache
 def notes(cls):
     """The comment behind each field of a settings dataclass."""
@@ -189,11 +202,23 @@ def check_run(settings):
     return old if settings.resume else None
 
 
-def open_run(settings, net, device, base, **more):
-    """Make settings.out_dir and its config.json (`more` goes in too), once everything else about the run has been checked. -> the checkpoint to go on from, or None."""
+def last_checkpoint(settings, net):
+    """-> the checkpoint that --resume goes on from, or None. Raises ValueError where it belongs to other weights."""
     out, old = settings.out_dir, check_run(settings)
     if old and old["weights_hash"] != net.weights_hash:
         raise ValueError(f"--resume: {out} was run on weights {old['weights_hash']} ({old['source']}), these are {net.weights_hash} ({net.source})")
+    start = load_checkpoint(out, net.weights_hash) if settings.resume else None
+    if settings.resume and start is None:
+        print(f"--resume: {out} has no checkpoint yet, starting at step 0")
+    return start
+
+
+def open_run(settings, net, device, base, start, **more):
+    """Make settings.out_dir and its config.json (`more` goes in too), once everything else about the run has been checked. start: its `last_checkpoint`."""
+    out = settings.out_dir
+    shapes = lambda tensors: {name: t.shape for name, t in tensors.items()}
+    if start and shapes(start["net"]) != shapes(trained_state(net)):
+        raise ValueError(f"--resume: the checkpoint in {out} is of another model or adapter; it does not belong to this run")
     if not settings.resume:
         for victim in (os.path.join(out, name) for name in OURS):                # there only where check_run allowed --overwrite
             shutil.rmtree(victim) if os.path.isdir(victim) else os.path.exists(victim) and os.remove(victim)
@@ -201,11 +226,7 @@ def open_run(settings, net, device, base, **more):
     write_json(os.path.join(out, "config.json"), dict(
         settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base, weights_hash=net.weights_hash,
         device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv, **more))
-    start = load_checkpoint(out, net) if settings.resume else None
-    if settings.resume and start is None:
-        print(f"--resume: {out} has no checkpoint yet, starting at step 0")
     cut(out, start["step"] if start else -1)
-    return start
 
 
 def cut(out, step):
@@ -257,8 +278,8 @@ def save_checkpoint(out, step, net, optimizer, **more):
     balora.write_atomic(os.path.join(out, "checkpoint.pt"), lambda f: torch.save(state, f))
 
 
-def load_checkpoint(out, net):
-    """-> the checkpoint of a run of `net`, or None. Raises ValueError where it is broken or another model's."""
+def load_checkpoint(out, weights_hash):
+    """-> the checkpoint of a run on these weights, or None. Raises ValueError where it is broken or another model's."""
     path = os.path.join(out, "checkpoint.pt")
     if not os.path.exists(path):
         return None
@@ -266,8 +287,7 @@ def load_checkpoint(out, net):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path}: cannot be read ({type(e).__name__}); is it whole?") from None
-    shapes = lambda tensors: {name: t.shape for name, t in tensors.items()}
-    if state["weights_hash"] != net.weights_hash or shapes(state["net"]) != shapes(trained_state(net)):
+    if state["weights_hash"] != weights_hash:
         raise ValueError(f"{path}: a checkpoint of another model or adapter; it does not belong to this run")
     return state
 
@@ -316,7 +336,20 @@ def device_name(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A step of either loop: its checks, its record, its line
+# What both loops do alike: attach, AdamW, a step's checks, its record, its line
+
+def attach(s, net, start=None, calibration=None, frozen_copy=False):
+    """`balora.attach` with a script's settings. start: the checkpoint to go on from; calibration(): makes what measures gradients or covariances, where the method needs it."""
+    calibrate = calibration() if balora.METHODS[s.method].needs and calibration and not start else None
+    return balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, s.seed, s.niter, s.oversample, frozen_copy, progress=calibration is not None,
+                         calibrate=calibrate, rounds=s.rounds, keep=s.keep, gamma=s.gamma, correct_B=s.correct_B, start=start and start["net"])
+
+
+def optimizer(s, named, device):
+    """AdamW over {name: trainable tensor}; the loop sets the rate of each group. LoRA-FA's second version takes the ε of its authors."""
+    groups = balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, eps=1e-6 if s.correct_B else 1e-8, fused=device.startswith("cuda") if s.fused is None else s.fused)
+
 
 def diverged(step, lr, settings):
     kept = os.path.exists(os.path.join(settings.out_dir, "checkpoint.pt"))
@@ -346,13 +379,13 @@ def adalora_cuts(settings, max_iters, published=None):
     return cuts
 
 
-def statistics_memory(net, settings):
-    """For a dry run: what LoRA-GA's gradients or CorDA's covariances take while they are measured, a group of layers at a time."""
+def adapter_memory(net, settings, width):
+    """For a dry run: bytes of what an adapter holds and does not train, and of LoRA-GA's gradients or CorDA's covariances, measured before a group of layers at a time."""
+    layers = balora.adapted_layers(net).values()
+    fixed = sum(t.numel() * (width if name in ("A0", "B0") else 4) for layer in layers for name, t in layer.named_buffers(recurse=False))
     needs, rounds = balora.METHODS[settings.method].needs, settings.rounds if settings.method == "corda++" else 1
-    if not needs:
-        return {}
-    sizes = [4 * rounds * (m.weight.numel() if needs is balora.gradients else m.weight.shape[1] ** 2) for m in balora.adapted_layers(net).values()]
-    return {f"{needs.__name__} before training, in groups (of {sum(sizes) / 2**30:.1f} in all)": max(max(sizes), min(sum(sizes), 4 * 2**30))}
+    sizes = [rounds * balora.statistic_size(m, needs) for m in layers] if needs else [0]
+    return fixed, max(max(sizes), min(sum(sizes), balora.GROUP))
 
 
 def log_step(out, step, terms, lambdas, norm, lr, tokens_per_s, device):
@@ -379,10 +412,10 @@ def progress_line(record, max_iters, seconds):
         f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
 
 
-def memory_table(report, tokens, parts):
-    """Print a dry run: what attach matched, tokens a step, and bytes by part in GiB."""
+def memory_table(report, tokens, parts, before):
+    """Print a dry run: what attach matched, tokens a step, and bytes by part in GiB; `before`: what stands beside the weights before training, and is gone then."""
     print(f"{report}\n{tokens}\nmemory, estimated (GiB)")
-    for name, size in [*parts.items(), ("together", sum(parts.values()))]:
+    for name, size in [*parts.items(), ("together", sum(parts.values())), ("before training: what the initialisation measures", before)]:
         if size:
             print(f"  {name:<58}{size / 2**30:8.2f}")
 
@@ -421,13 +454,14 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
     return [(text(q), text(i), clean_answer(text(a))) for q, i, a in zip(table[question], inputs, table[answer])]
 
 
-def read_table(data):
+def read_table(data, option="--data"):
+    """A file or a hub data set -> datasets.Dataset. option: what to call `data` in an error."""
     import datasets
     datasets.disable_progress_bars()
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data)[1])
     if os.path.exists(data) or kind:
         if kind is None or not os.path.isfile(data):
-            raise ValueError(f"--data={data}: expected an existing .json, .jsonl, .parquet or .csv file, or a data set of the hub")
+            raise ValueError(f"{option}={data}: expected an existing .json, .jsonl, .parquet or .csv file, or a data set of the hub")
         if os.path.getsize(data) == 0:
             raise ValueError(f"{data}: the file is empty")
         if kind == "json":
@@ -445,7 +479,7 @@ def read_table(data):
                 raise
             return datasets.load_dataset(name, "main", split=split or "train")   # gsm8k's two forms: main, socratic
     except Exception as e:                                                       # hub, network and name errors alike
-        raise ValueError(f"--data={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
+        raise ValueError(f"{option}={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
                          "download it elsewhere and give the file") from None
 
 
@@ -523,26 +557,28 @@ def collate(examples, device):
 
 
 def draw(n, k, seed):
-    """k of n indices without repetition, as often as n allows, then again from the start."""
+    """k of n indices without repetition, as often as n allows, then again from the start, which is said."""
     rng, out = random.Random(seed), []
+    if k > n:
+        print(f"calibration: {k} rows are wanted and {n} are there, so some are read more than once")
     while len(out) < k:
         out += rng.sample(range(n), min(n, k - len(out)))
     return out
 
 
 def windows(data, tok, n, length, seed):
-    """n random windows of `length` tokens of a text, as examples that respond to their first token: the rows of a file or hub data set, joined by blank lines.
+    """n of the windows of `length` tokens of a text, as examples that respond to their first token: the rows of a file or hub data set, joined by blank lines.
 
     The text is in the field `text`, or where an instruction stands (CorDA's KPM reads NQ-open's questions so).
     """
-    table = read_table(data)
+    table = read_table(data, "--calibration_data")
     field = next((f for f in ("text", *PROMPT_FIELDS) if f in table.column_names), None)
     if field is None:
         raise ValueError(f"{data}: no field text, {', '.join(PROMPT_FIELDS)}; its fields are {', '.join(table.column_names)}")
-    ids, rng = tok.encode("\n\n".join(str(text) for text in table[field])), random.Random(f"windows {seed}")
+    ids = tok.encode("\n\n".join(str(text) for text in table[field]))
     if len(ids) <= length:
         raise ValueError(f"{data}: {len(ids)} tokens of text, and a single window takes {length}; give more text or a smaller --max_len")
-    starts = [rng.randrange(len(ids) - length) for _ in range(n)]
+    starts = [length * i for i in draw(len(ids) // length, n, f"windows {seed}")]
     return [(ids[start:start + 1], ids[start + 1:start + length]) for start in starts]
 
 
@@ -809,7 +845,8 @@ def answer_items(o, name, prompts, judge, max_new=512, n=1):
     net, tok, settings, device = open_model(o)
     max_new, coded = o.max_new or settings.get("max_new", max_new), [tok.bos + tok.encode(prompt) for prompt in prompts]
     full = sum(len(ids) >= net.config.max_len for ids in coded)
-    print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {o.temperature}" + (f"; {full} fill the context of {net.config.max_len} tokens and count as wrong" if full else ""))
+    print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {o.temperature}"
+          + (f"; {full} fill the context of {net.config.max_len} tokens and count as wrong" if full else ""))
     head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data,
                 prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new, temperature=o.temperature, top_p=o.top_p, seed=o.seed)
     path, lines = answer_file(o.run, o.out or name + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
@@ -929,20 +966,25 @@ def compare(o):
     """
     if len(o.runs) != 1 or o.runs[0] not in ("nlg", "nlu"):
         raise ValueError(f"compare {' '.join(o.runs)}: expected nlg or nlu, options, then -- and the script's own options")
-    kind, seeds, rates = o.runs[0], o.seeds.split(","), o.sweep_lr.split(",")
-    able = [m for m in balora.METHODS if kind == "nlu" or m not in ("bitfit", "hadapter", "padapter")]
-    methods = able if o.methods == "all" else o.methods.split(",")
+    listed = lambda words: list(dict.fromkeys(word for word in words.split(",") if word))
+    kind, seeds, rates = o.runs[0], listed(o.seeds), listed(o.sweep_lr)
+    able = [m for m in balora.METHODS if kind == "nlu" or m not in balora.ENCODERS_ONLY]
+    methods = able if o.methods == "all" else listed(o.methods)
+    if not (methods and seeds and rates):
+        raise ValueError(f"compare: --methods={o.methods} --seeds={o.seeds} --sweep_lr={o.sweep_lr}: each needs at least one value")
     unknown = [m for m in methods if m not in able]
     if unknown:
         raise ValueError(f"--methods={','.join(unknown)}: {balora.nearest(unknown[0], able)}known for {kind}: {', '.join(able)}")
     root = o.out or os.path.join("out", f"compare-{kind}-" + hashlib.sha256(json.dumps(o.rest).encode()).hexdigest()[:8])
-    metric, sign = (o.metric or ("loss" if kind == "nlg" else "")), -1 if (o.metric or "loss") == "loss" and kind == "nlg" else 1
     table = {}
     for method in methods:
-        sweep = {lr: cell(kind, root, method, lr, seeds[0], o.rest) for lr in rates}
-        sweep = {lr: run for lr, run in sweep.items() if run}
+        sweep = {lr: run for lr in rates if (run := cell(kind, root, method, lr, seeds[0], o.rest))}
         if sweep:
-            name = metric or next(iter(sweep.values()))["metric"]
+            name = o.metric or ("loss" if kind == "nlg" else next(iter(sweep.values()))["metric"])
+            measured = [key for key, value in next(iter(sweep.values())).items() if isinstance(value, float)]
+            if name not in measured:
+                raise ValueError(f"--metric={name}: {balora.nearest(name, measured)}measured were {', '.join(measured)}")
+            sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
             best = max(sweep, key=lambda lr: (sign * sweep[lr][name], -sweep[lr]["loss"]))
             runs = [sweep[best]] + [run for seed in seeds[1:] if (run := cell(kind, root, method, best, seed, o.rest))]
             table[method] = dict(lr=best, runs=runs, sweep={lr: run[name] for lr, run in sweep.items()}, name=name)
@@ -951,32 +993,43 @@ def compare(o):
     print_comparison(table, seeds, root)
 
 
+LOWER_IS_BETTER = ("loss", "drift", "passage_ppl")
+
+
 def cell(kind, root, method, lr, seed, rest):
     """Run one cell unless it is finished. -> what its folder says: the last evaluation, trainable parameters, median tokens/s, peak memory; None where it failed."""
     out = os.path.join(root, f"{method}-{lr}-{seed}")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{kind}.py")
-    argv = [sys.executable, script, *rest, f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}", f"--out_dir={out}"]
-    if not os.path.exists(os.path.join(out, "loss.png")):                        # what a run writes last
-        print(shlex.join(["python", os.path.basename(script), *argv[2:]]), flush=True)
+    options = [*rest, *["--against="] * (kind == "nlu"), f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}", f"--out_dir={out}"]
+    line, log = shlex.join(["python", os.path.basename(script), *options]), out + ".txt"
+    if os.path.exists(os.path.join(out, "loss.png")):                            # what a run writes last
+        there = open(log, encoding="utf-8", errors="replace").readline().rstrip() if os.path.exists(log) else f"without {log}"
+        if there != line:
+            raise ValueError(f"{out} is a finished run of other options ({there}); choose another --out")
+    else:
+        print(line, flush=True)
         os.makedirs(root, exist_ok=True)
         start = time.time()
-        with open(out + ".txt", "w") as f:
-            code = subprocess.run([*argv, "--resume"], stdout=f, stderr=subprocess.STDOUT).returncode
+        with open(log, "w") as f:
+            print(line, file=f, flush=True)
+            code = subprocess.run([sys.executable, script, *options, "--resume"], stdout=f, stderr=subprocess.STDOUT).returncode
         if code:
-            lines = open(out + ".txt", encoding="utf-8", errors="replace").read().strip().splitlines() or [""]
-            print(f"  failed after {time.time() - start:.0f} s (exit code {code}): {lines[-1]}", flush=True)
+            last = open(log, encoding="utf-8", errors="replace").read().strip().splitlines()[-1]
+            print(f"  failed after {time.time() - start:.0f} s (exit code {code}): {last}", flush=True)
             return None
         print(f"  {time.time() - start:.0f} s", flush=True)
-    record, log = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
-    return read_json(os.path.join(out, "eval.json"))[-1] | dict(trainable=record.get("trainable"), metric=record.get("metric", "loss"),
-                                                               speed=statistics.median(r["tokens_per_s"] for r in log), peak=max(r["peak_GiB"] for r in log))
+    record, steps = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
+    return read_json(os.path.join(out, "eval.json"))[-1] | dict(trainable=record["trainable"], metric=record.get("metric", "loss"),
+                                                               speed=statistics.median(r["tokens_per_s"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
 
 
 def print_comparison(table, seeds, root):
     """Each method at its best learning rate, mean ± standard deviation over seeds, time and memory beside LoRA's (or the first method's), the whole sweep beside it."""
     anchor = table.get("lora") or next(iter(table.values()))
     speed, peak = (lambda row: statistics.median(run["speed"] for run in row["runs"])), (lambda row: max(run["peak"] for run in row["runs"]))
-    spread = lambda values: f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "") if None not in values else "none"
+    fewer = lambda values: f" (n = {len(values)})" if len(values) < len(seeds) else ""
+    deviation = lambda values: f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    spread = lambda values: f"{statistics.mean(values):.4f}{deviation(values)}{fewer(values)}" if None not in values else "none"
     header = ("method", "trainable", "lr", anchor["name"], "drift", "time", "memory", f"sweep (seed {seeds[0]})")
     rows = [(method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread([run[row["name"]] for run in row["runs"]]), spread([run.get("drift") for run in row["runs"]]),
              f"{speed(anchor) / speed(row):.2f}", f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items()))

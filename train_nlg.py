@@ -109,11 +109,11 @@ PAPER_LAMBDAS = (0.025, 0.005, 0.005)
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    if s.method not in balora.METHODS:
-        raise ValueError(f"--method={s.method}: {balora.nearest(s.method, balora.METHODS)}known: {', '.join(balora.METHODS)}")
-    for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
-        if getattr(s, name) is None:
-            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    eval.check_method(s, PAPER_LAMBDAS)
+    if s.method in balora.ENCODERS_ONLY:
+        raise ValueError(f"--method={s.method} is for encoders with biases and post-norm blocks (train_nlu.py); a decoder of the LLaMA family has neither")
+    if s.calibration_data and balora.METHODS[s.method].needs is not balora.covariances:
+        raise ValueError(f"--calibration_data={s.calibration_data}: only corda and corda++ measure on it, not {s.method}; leave it out")
     s.out_dir = s.out_dir or os.path.join("out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
     eval.in_range(s, (
@@ -201,16 +201,19 @@ def load_examples(s, tok):
 
 
 def calibration(s, net, tok, train, device):
-    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which takes s.calibration rows, one at a time."""
-    rows = eval.windows(s.calibration_data, tok, s.calibration * s.rounds, s.max_len, s.seed) if s.calibration_data else \
-        [train[i] for i in eval.draw(len(train), s.calibration * s.rounds, f"calibration {s.seed}")]
+    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which reads s.calibration rows, one at a time -> tokens."""
+    n = s.calibration * (s.rounds if s.method == "corda++" else 1)
+    rows = eval.windows(s.calibration_data, tok, n, s.max_len, s.seed) if s.calibration_data else [train[i] for i in eval.draw(len(train), n, f"calibration {s.seed}")]
 
     def run(i):
+        tokens = 0
         for row in tqdm(rows[i * s.calibration:(i + 1) * s.calibration], desc="calibrate", unit="row", leave=False, disable=None):
             ids, valid, y = eval.collate([row], device)
             H = net.hidden(ids)[valid]
+            tokens += ids.numel()
             if torch.is_grad_enabled():
                 balora.loss_nlg(H, y, net.head, lambdas=(0, 0, 0))[0].backward()
+        return tokens
     return run
 
 
@@ -227,31 +230,32 @@ def dry_run(s):
     c, device = model.config_of(s.init), eval.pick_device(s.device)
     with torch.device("meta"):
         net = model.Transformer(c)
-    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
+    report = eval.attach(s, net)
     width, full = eval.pick_dtype(s.dtype, device).itemsize, s.method == "full"
     tokens, chunk = s.micro_batch * s.max_len, 64 if device == "cpu" else 1024
-    fixed = sum(t.numel() for layer in balora.adapted_layers(net).values() for t in layer.buffers())
-    twice = any(getattr(layer, "B0", None) is not None for layer in balora.adapted_layers(net).values())
-    block = kept_values(c, s.r * (2 if twice else 1) * (not full), width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
+    fixed, measured = eval.adapter_memory(net, s, width)
+    layer = next(iter(balora.adapted_layers(net).values()), None)
+    rank = 0 if full else len(layer.A) * (2 if getattr(layer, "B0", None) is not None else 1)
+    block = kept_values(c, rank, s.method == "dora", width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
     parts = {
         "weights": report.total * (4 if full else width),
         "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
         "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
         "trained parameters and their gradients": report.trainable * (4 if full else 8),
-        "what else the adapter holds (A0, B0, ...)": fixed * width,
-        **eval.statistics_memory(net, s),
+        "what else the adapter holds (A0, B0, ...)": fixed,
         "AdamW's two moments": report.trainable * 8,
         f"activations, {s.micro_batch} x {s.max_len} tokens": tokens * width * (c.n_layers * c.d + block if s.checkpointing else c.n_layers * block),
         f"logits, {'all' if full else chunk} rows at a time": (tokens if full else min(chunk, tokens)) * c.vocab_size * 4 * (8 if s.lambda1 or s.lambda2 else 4),
     }
-    eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", parts)
+    eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", parts, measured)
 
 
-def kept_values(c, rank, width, scores=0):
+def kept_values(c, rank, dora, width, scores=0):
     """Values a token that one block keeps for the backward pass: inputs of two norms (16-bit ones keep an fp32 copy) and of q, o, gate; q, k, v;
-    gate, up, silu, their product; what each of the seven brackets makes of its input. scores: keys whose weights are kept too (`model.attend`)."""
+    gate, up, silu, their product; what each of the seven brackets makes of its input; DoRA's W x and B A x. scores: keys whose weights are kept too (`model.attend`)."""
     attention = c.n_heads * scores + 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * bool(scores)
-    return attention + (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank
+    made = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 2 * c.d_ff + 2 * c.d    # outputs of the seven layers
+    return attention + (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank + 2 * made * dora
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,15 +278,14 @@ def main(argv):
     batches_an_epoch = -(-len(train) // s.batch_size)
     max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
     cuts = eval.adalora_cuts(s, max_iters)
-    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
-                           frozen_copy=s.lambda1 > 0, progress=True, calibrate=calibration(s, net, tok, train, device) if balora.METHODS[s.method].needs else None,
-                           rounds=s.rounds, keep=s.keep, gamma=s.gamma, correct_B=s.correct_B)
+    start = eval.last_checkpoint(s, net)
+    report = eval.attach(s, net, start, lambda: calibration(s, net, tok, train, device), frozen_copy=s.lambda1 > 0)
     print(report)
     if full and s.lambda1 > 0:
         print(f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
-    start = eval.open_run(s, net, device, base, trainable=report.trainable - report.head)
+    optimizer = eval.optimizer(s, named, device)
+    eval.open_run(s, net, device, base, start, trainable=report.trainable - report.head, notes=report.notes)
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None

@@ -127,8 +127,7 @@ PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    if s.method not in balora.METHODS:
-        raise ValueError(f"--method={s.method}: {balora.nearest(s.method, balora.METHODS)}known: {', '.join(balora.METHODS)}")
+    eval.check_method(s, PAPER_LAMBDAS)
     if s.task not in TASKS:
         raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
     if (s.task == "world") != (s.init == "tiny"):
@@ -147,9 +146,6 @@ def check(s):
             need_classes(labels, option)
     if s.regularize not in ("logits", "features"):
         raise ValueError(f"--regularize={s.regularize}: expected logits or features")
-    for name, value in zip(("lambda1", "lambda2", "lambda3"), PAPER_LAMBDAS):
-        if getattr(s, name) is None:
-            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
     s.r = {"hadapter": 32, "padapter": 64}.get(s.method, 8) if s.r is None else s.r
     alpha, orthogonality, _ = ADALORA[s.task] if s.method == "adalora" else (8, 0.0, None)
     s.alpha = alpha if s.alpha is None else s.alpha
@@ -605,15 +601,18 @@ def predict(net, examples, device, batch_size=64, desc="evaluate"):
 
 
 def calibration(s, net, examples, device):
-    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which takes s.calibration training rows, one at a time."""
-    rows = eval.draw(len(examples), s.calibration * s.rounds, f"calibration {s.seed}")
+    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which reads s.calibration training rows, one at a time -> tokens."""
+    rows = eval.draw(len(examples), s.calibration * (s.rounds if s.method == "corda++" else 1), f"calibration {s.seed}")
 
     def run(i):
+        tokens = 0
         for row in tqdm(rows[i * s.calibration:(i + 1) * s.calibration], desc="calibrate", unit="row", leave=False, disable=None):
             ids, mask, y = collate([examples[row]], net.config.pad, device)
             Z, _ = net.classify(ids, mask)
+            tokens += ids.numel()
             if torch.is_grad_enabled():
                 task_loss(Z, y).backward()
+        return tokens
     return run
 
 
@@ -674,8 +673,9 @@ def dry_run(s):
     with torch.device("meta"):
         net = model.Transformer(c, len(labels) or 1)
     net.label_ids = list(range(len(labels)))
-    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None)
+    report = eval.attach(s, net)
     dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
+    fixed, measured = eval.adapter_memory(net, s, dtype.itemsize)
     kept = {}
     keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t) if not isinstance(t, torch.nn.Parameter) else t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -685,9 +685,9 @@ def dry_run(s):
     eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", {
         "weights": report.total * (4 if full else dtype.itemsize),
         "trained parameters and their gradients": report.trainable * (4 if full else 8),
+        "what else the adapter holds (A0, B0, ...)": fixed,
         "AdamW's two moments": report.trainable * 8,
-        **eval.statistics_memory(net, s),
-        f"activations, {s.micro_batch} x {s.max_len} tokens, attention scores included": activations * bool(total.requires_grad)})
+        f"activations, {s.micro_batch} x {s.max_len} tokens, attention scores included": activations * bool(total.requires_grad)}, measured)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,7 +696,8 @@ def dry_run(s):
 def main(argv):
     s = eval.parse(Settings, argv, PRESETS, by=("init", "task"))
     others = [m for m in dict.fromkeys(s.against.split(",")) if m and m != s.method]
-    runs = [s] + [dataclasses.replace(s, method=m, out_dir=f"{s.out_dir}-{m}" if s.out_dir else "", lambda1=None, lambda2=None, lambda3=None) for m in others]
+    runs = [s] + [dataclasses.replace(s, method=m, out_dir=f"{s.out_dir}-{m}" if s.out_dir else "", lambda1=None, lambda2=None, lambda3=None,
+                                       correct_B=s.correct_B and m == "lora-fa") for m in others]
     for each in runs:
         each.against = ""
         check(each)
@@ -732,24 +733,22 @@ def train(s):
     max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
     cuts = eval.adalora_cuts(s, max_iters, ADALORA[s.task][2])
     set_dropout(net, s.dropout, s.cls_dropout, family)
-    report = balora.attach(net, s.method, s.r, s.alpha, s.targets.split(",") if s.targets else None, seed=s.seed, niter=s.niter, oversample=s.oversample,
-                           calibrate=calibration(s, net, examples, device) if balora.METHODS[s.method].needs else None, rounds=s.rounds, keep=s.keep, gamma=s.gamma,
-                           correct_B=s.correct_B)
+    start = eval.last_checkpoint(s, net)
+    if s.probe and not start:
+        fit_head(net, examples, device, s.seed)
+    report = eval.attach(s, net, start, lambda: calibration(s, net, examples, device))
     print(report)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(balora.param_groups(named, s.method, s.lora_plus_ratio, s.weight_decay), lr=0.0, fused=device.startswith("cuda") if s.fused is None else s.fused)
-    start = eval.open_run(s, net, device, base, labels=task.labels, metric=task.metric, trainable=report.trainable - report.head,
+    optimizer = eval.optimizer(s, named, device)
+    eval.open_run(s, net, device, base, start, labels=task.labels, metric=task.metric, trainable=report.trainable - report.head, notes=report.notes,
                           rows={name: len(rows) for name, rows in splits.items()} | {"train": len(examples)}, classes=sorted(Counter(y for _, y in examples).items()) if task.labels else [])
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
-
     if s.compile:
         net.compile_blocks()
     # the teacher: before step 1 every method's network is the pre-trained one, with the student's own head
     if start:
         Z_P, step = start["Z_P"], eval.restore(start, net, optimizer)
     else:
-        if s.probe:
-            fit_head(net, examples, device, s.seed)
         taught = splits | ({"train": examples} if s.lambda1 else {})             # dev rows: for the drift
         Z_P, step = {name: predict(net, rows, device, desc="teacher")[0] for name, rows in taught.items()}, 0
     start = None

@@ -1,10 +1,12 @@
 """balora.py against peft, closed forms, finite differences, and the invariants of the methods."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import balora
@@ -357,6 +359,90 @@ def test_residual_form_adapters_and_heads_are_refused(small, tmp_path):
         balora.load_adapter(small(tied=False), tmp_path)
     with pytest.raises(ValueError, match="nothing matches lm_head"):
         balora.attach(small(tied=False), "lora", r=2, targets=["lm_head"])
+
+
+def test_adalora_saves_what_it_kept(small, tmp_path):
+    net = small()
+    balora.attach(net, "adalora", r=2)
+    with pytest.raises(ValueError, match="every E is zero"):
+        balora.save_adapter(net, tmp_path)
+    assert not any(tmp_path.iterdir())
+    layers = balora.adapted_layers(net)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if name != "layers.1.mlp.up_proj":                                   # rank 0: left out of the file
+                layer.E[:1 + ("q_proj" in name)] = 0.5
+        want = net(IDS)
+    balora.save_adapter(net, tmp_path)
+    again = small()
+    assert balora.load_adapter(again, tmp_path) == len(layers) - 1
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_does_not_fit_changes_nothing(small, tmp_path):
+    net = small()
+    balora.attach(net, "lora", r=4)
+    balora.save_adapter(net, tmp_path / "whole")
+    for case, words in (("short", "is it whole"), ("gone", "is it whole"), ("json", "not JSON"), ("shape", "lora_B")):
+        shutil.copytree(tmp_path / "whole", tmp_path / case)
+        weights = tmp_path / case / "adapter_model.safetensors"
+        if case == "short":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        elif case == "gone":
+            weights.unlink()
+        elif case == "json":
+            (tmp_path / case / "adapter_config.json").write_text("{")
+        else:
+            state = load_file(weights)
+            last = [k for k in state if "layers.1.mlp.down_proj.lora_B" in k][0]
+            save_file(state | {last: state[last][:-1].contiguous()}, weights)
+        other = small()
+        with pytest.raises(ValueError, match=words):
+            balora.load_adapter(other, tmp_path / case)
+        assert not balora.adapted_layers(other) and all(p.requires_grad for p in other.parameters()), case
+
+
+def test_a_language_models_adapter_is_refused_by_a_classifier(tmp_path):
+    net = encoder("bert")
+    attach(net, "lora", r=4)
+    balora.save_adapter(net, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "lora" in k}, path)
+    with pytest.raises(ValueError, match="the model's own head is new"):
+        balora.load_adapter(encoder("bert"), tmp_path)
+
+
+def test_t5_adapter_loads_in_peft(tmp_path):
+    peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    net = encoder("t5")
+    net.save(tmp_path / "base")
+    balora.attach(net, "pissa", r=4)
+    tune(net)
+    balora.save_adapter(net, tmp_path / "adapter")
+    base = hf.T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert isinstance(theirs, peft.PeftModelForSeq2SeqLM)
+    ids = IDS[:, :20].masked_fill(IDS[:, :20] == net.config.pad, 9)
+    with torch.no_grad():
+        Z = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.full((len(ids), 1), net.config.bos)).logits[:, 0]
+        assert (Z[:, net.label_ids] - net(ids)).abs().max() < 1e-4
+
+
+def test_a_checkpoint_gives_the_start_again_without_measuring(small):
+    """attach(start=state): A0, B0 and ranks from the state, nothing calibrated, decomposed or drawn."""
+    for method in (m for m in LOWRANK if balora.METHODS[m].init):
+        net, again = small(), small()
+        attach(net, method, r=4)
+        train(net, 2)
+        state = {name: t.clone() for name, t in net.state_dict().items()}
+        report = balora.attach(again, method, r=4, seed=99, start=state)
+        again.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            assert torch.equal(again(IDS), net(IDS)), method
+        assert report.trainable == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="no layers.0.attn.q_proj.A in it"):
+        balora.attach(small(), "lora", r=4, start={"x": torch.zeros(1)})
 
 
 def test_full_tuning_has_no_adapter_to_save(small, tmp_path):

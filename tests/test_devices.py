@@ -58,6 +58,36 @@ def test_compiled_objective_equals_the_plain_one(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["lora-fa", "lora-ga", "adalora", "dora", "milora", "corda", "corda++"])
+def test_every_layer_on_every_device(device, method):
+    """Attached, trained, saved to the CPU: step 0 and the teacher are the base bit for bit in bf16, everything that trains is fp32 on the device."""
+    net = net_on(device)
+    ids = torch.randint(0, 259, (1, 100), device=device)
+    measure = lambda i: (lambda Z: Z.float().square().mean().backward() if Z.requires_grad else None)(net(ids))
+    with torch.no_grad():
+        base = net(ids)
+        with torch.enable_grad():
+            balora.attach(net, method, r=4, calibrate=measure, rounds=2, correct_B=method == "lora-fa")
+        assert torch.equal(net(ids), base)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.device.type == device for p in trained)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=device == "cuda")
+    for step in range(4):
+        net(ids).float().square().mean().backward()
+        optimizer.step()
+        if method == "adalora":
+            balora.allocate(net, step, 4, 4, 1, 1, 1)
+        optimizer.zero_grad()
+    with balora.teacher(net):
+        assert torch.equal(net(ids), base)
+    with torch.no_grad():
+        tuned = net(ids)
+        assert not torch.equal(tuned, base)
+        balora.merge(net)
+        assert (net(ids).float() - tuned.float()).norm() < 0.05 * tuned.float().norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_padded_batches_generate_as_single_rows(device):
     net = net_on(device, torch.float32)
     prompts = [[3], [9, 8, 7, 6, 5, 4], [11, 12] * 20]

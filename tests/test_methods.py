@@ -304,11 +304,42 @@ def test_milora_invariants():
     assert torch.linalg.matrix_norm(W - part, 2) == pytest.approx(S[0].item(), rel=1e-4)
 
 
+def test_corda_of_an_identity_is_pissa_and_milora():
+    W, s, I = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), 0.5, torch.eye(30)
+    for keep, other in (("first", lambda *a: balora.init_pissa(*a, niter=0)), ("last", balora.init_milora)):
+        (A0, B0), (A1, B1) = balora.init_corda(W, 6, s, torch.Generator(), stat=I, keep=keep), other(W, 6, s, torch.Generator())
+        torch.testing.assert_close(B0 @ A0, B1 @ A1, rtol=1e-3, atol=1e-4)
+
+
+def test_corda_reports_damping_and_lack_of_rank(small):
+    net = small()
+    run = calibration(net)
+    report = balora.attach(net, "corda", r=4, calibrate=lambda i: run(i) or 60)                      # down_proj has 80 inputs, the others 48
+    assert "covariances damped by 1% of their mean diagonal" in str(report) and "2 of 14 layers have more inputs than the 60 tokens measured" in str(report)
+    report = balora.attach(small(), "pissa", r=4)
+    assert report.notes == []
+    net = small()
+    with torch.no_grad():
+        net.layers[0].attn_norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="^corda: layers.0.attn.q_proj: the covariance of its inputs is zero or not finite"):
+        balora.attach(net, "corda", r=4, calibrate=calibration(net))
+
+
+def test_calibration_is_blind_to_dropout():
+    found = []
+    for dropout in (0.0, 0.5):
+        net = encoder("bert", dropout=dropout)
+        net.train()
+        found.append(dict(balora.statistics(net, ["layers.1.mlp.up_proj"], balora.covariances, calibration(net)))["layers.1.mlp.up_proj"][0])
+        assert net.training and net.layers[0].training
+    torch.testing.assert_close(*found)
+
+
 def test_corda_invariants():
     rng = torch.Generator().manual_seed(0)
     W, X = torch.randn(40, 30, generator=rng), torch.randn(500, 30, generator=rng) * torch.linspace(0.01, 2, 30)
     C, s, r = X.T @ X / 500, 0.5, 6
-    damped, inverse = balora.damp(C)
+    damped, inverse, share = balora.damp(C)
     S = torch.linalg.svdvals(W @ damped)
     A0, B0 = balora.init_corda(W, r, s, rng, stat=C, keep="first")
     torch.testing.assert_close(B0.T @ B0, torch.diag(S[:r] / s), rtol=1e-3, atol=1e-3)
@@ -350,7 +381,7 @@ def test_statistics_in_groups_are_the_statistics_at_once(small):
             run(i)
         whole = dict(balora.statistics(net, names, needs, counted, rounds=2))
         at_once = len(calls)
-        parts = dict(balora.statistics(net, names, needs, counted, rounds=2, gib=1e-6))
+        parts = dict(balora.statistics(net, names, needs, counted, rounds=2, room_of_group=1000))
         assert at_once == 2 and len(calls) - at_once == 2 * len(names)
         for name in names:
             for a, b in zip(whole[name], parts[name]):
@@ -387,8 +418,21 @@ def test_lora_ga_first_step_is_the_best_of_rank_2r():
     best = (U[:, :2 * r] * S[:2 * r]) @ Vt[:2 * r]
     first = (B0 @ B0.T @ G + G @ A0.T @ A0) / c2
     assert (first - best).norm() < 0.01 * best.norm()
-    with pytest.raises(ValueError, match="2r singular directions"):
-        balora.init_lora_ga(torch.empty(50, 40), 21, s, rng, stat=G)
+    net = nn.Sequential(nn.Linear(40, 50))
+    with pytest.raises(ValueError, match="takes 2r directions"):                   # before anything is measured
+        balora.attach(net, "lora-ga", r=21, targets=["0"], calibrate=lambda i: pytest.fail("measured"))
+
+
+def test_lora_ga_finds_small_directions():
+    """Singular values from 1 to 1e-5: what a Gram matrix in fp32 would lose."""
+    rng = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 12, generator=rng)).Q for n in (60, 50))
+    G = (U * torch.logspace(0, -5, 12)) @ V.T
+    before = torch.get_rng_state()
+    A0, B0 = balora.init_lora_ga(torch.empty(60, 50), 6, 1.0, rng, stat=G)
+    assert torch.equal(torch.get_rng_state(), before)
+    unit = lambda t: t / t.norm(dim=1, keepdim=True)
+    assert (unit(A0) * V.T[:6]).sum(1).abs().min() > 0.999 and (unit(B0.T) * U.T[6:]).sum(1).abs().min() > 0.99
 
 
 def test_gradients_are_those_of_the_weights(small):
@@ -411,11 +455,11 @@ def test_compactness_bounds_what_is_removed():
     for trial in range(5):
         W, X = torch.randn(12, 9, generator=rng), torch.randn(9, 60, generator=rng) * torch.linspace(0.1, 3, 9)[:, None]
         C = X @ X.T
-        damped, _ = balora.damp(C)
-        U, S, Vt = balora.context_svd(W, C, rng)
+        damped = balora.damp(C)[0]
+        U, S, Vt, _ = balora.context_svd(W, C, rng)
         for i in range(9):
             removed = (S[i] * U[:, i:i + 1] @ Vt[i:i + 1] @ X).abs().sum(0).max()  # the column 1-norm
-            assert removed <= math.exp(balora.compactness(C, 12)) * S[i] * 1.01
+            assert removed <= math.exp(balora.compactness(damped, 12)) * S[i] * 1.01
 
 
 def test_rank_allocation_keeps_its_budget_and_is_monotone():
@@ -434,14 +478,28 @@ def test_rank_allocation_keeps_its_budget_and_is_monotone():
         assert len(set(ranks.values())) > 1
 
 
+def test_rank_allocation_by_hand():
+    """Two layers, log π 1 and 2, widths 10. n = 1: scores 1·1/(4+2) and 2·1/(3+3); after one more of "a": 1·2/4."""
+    spectra, log_pi, width = {"a": torch.tensor([4.0, 2.0, 1.0]), "b": torch.tensor([3.0, 3.0, 1.0])}, {"a": 1.0, "b": 2.0}, {"a": 10, "b": 10}
+    allocate = lambda budget, keep: tuple(balora.allocate_ranks(spectra, log_pi, width, budget, keep).values())
+    assert allocate(19, "last") == (1, 1) and allocate(20, "last") == (2, 1) and allocate(30, "last") == (2, 2)        # KPM goes on until the budget is passed
+    assert allocate(41, "first") == (2, 2) and allocate(40, "first") == (1, 2) and allocate(31, "first") == (1, 2) and allocate(30, "first") == (1, 1)   # IPM until it fits
+    assert balora.allocate_ranks(spectra | {"c": torch.tensor([1.0])}, log_pi | {"c": 1.0}, width | {"c": 10}, 10**6, "first") == {"a": 2, "b": 2, "c": 1}
+
+
+def test_budget_by_hand():
+    """12 triplets to 4 over 20 steps, 4 at first and 6 at last: halfway, at step 9, 4 + 8 / 2³ = 5."""
+    assert [balora.budget(step, 20, 4, 6, 12, 4) for step in (0, 4, 5, 9, 14, 15, 19)] == [12, 12, int(4 + 8 * 0.9**3), 5, 4, 4, 4]
+
+
 def test_choice_of_covariance():
     rng = torch.Generator().manual_seed(0)
     W = torch.randn(12, 9, generator=rng)
     candidates = [X.T @ X for X in (torch.randn(60, 9, generator=rng) * torch.linspace(a, 1, 9) for a in (0.05, 0.3, 0.9))]
-    chosen = [balora.choose_covariance(W, [candidates[i] for i in order], rng)[0] for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
-    assert all(torch.equal(C, chosen[0]) for C in chosen)
-    C, log_pi, sigma = balora.choose_covariance(W, [c * torch.eye(9) for c in (1.0, 9.0, 4.0)], rng)
-    assert torch.equal(C, 9 * torch.eye(9)) and len(sigma) == 9 and log_pi == pytest.approx(balora.compactness(C, 12))
+    orders = ((0, 1, 2), (2, 0, 1), (1, 2, 0))
+    assert len({order[balora.choose_covariance(W, [candidates[i] for i in order], rng)[0]] for order in orders}) == 1
+    i, log_pi, sigma = balora.choose_covariance(W, [c * torch.eye(9) for c in (1.0, 9.0, 4.0)], rng)
+    assert i == 1 and len(sigma) == 9 and log_pi == pytest.approx(0.5 * math.log(12) - 0.5 * math.log(9 * 1.01), rel=1e-4)      # C̃ = 9.09 I
 
 
 @pytest.mark.parametrize("keep", ["last", "first"])

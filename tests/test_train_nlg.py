@@ -68,7 +68,7 @@ def test_tiny_corpus():
     assert all(eval.extract_answer(a) == sum(int(n) for n in a.split(":")[0].split("+")) for _, _, a in rows)
 
 
-@pytest.mark.parametrize("method", [m for m in balora.METHODS if m not in ("bitfit", "hadapter", "padapter")])     # LLaMA has no biases, no post-norm
+@pytest.mark.parametrize("method", [m for m in balora.METHODS if m not in balora.ENCODERS_ONLY])
 def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
     argv = [f"--method={method}", "--max_iters=10"]
     train(*argv, "--out_dir=whole")
@@ -187,7 +187,7 @@ def test_dry_run_of_a_folder(base, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("method", ["lora", "pissa"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "adalora"])
 def test_memory_estimate_equals_what_autograd_keeps(dtype, method):
     config = small_config(d=128, n_heads=8, n_kv_heads=2, head_dim=16, d_ff=320, n_layers=3)
     net = model.Transformer(config).to(dtype)
@@ -203,7 +203,7 @@ def test_memory_estimate_equals_what_autograd_keeps(dtype, method):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         net.hidden(torch.randint(0, 211, (8, 128)))
     measured = sum(storages.values()) / (8 * 128 * config.n_layers * dtype.itemsize)
-    assert train_nlg.kept_values(config, 16 if method == "pissa" else 8, dtype.itemsize, 128 if dtype == torch.bfloat16 else 0) == pytest.approx(measured, rel=0.1)
+    assert train_nlg.kept_values(config, {"pissa": 16, "adalora": 12}.get(method, 8), method == "dora", dtype.itemsize, 128 if dtype == torch.bfloat16 else 0) == pytest.approx(measured, rel=0.1)
 
 
 def test_the_llama2_path(shared, tmp_path, monkeypatch, capsys):
@@ -351,9 +351,15 @@ def test_compare_runs_each_cell_once_and_takes_each_methods_best_rate(base, monk
     eval.main(argv)                                                              # everything is done
     again = capsys.readouterr().out
     assert "python train_nlg.py" not in again and again == out[out.index("\nseeds 0, 1"):] and open("c/table.txt").read() in again
-    eval.main([*argv[:2], "--methods=lora,full", "--sweep_lr=1e-2", "--seeds=0", "--out=c", "--", *argv[7:], "--r=99"])       # r is above the smallest dimension
+    eval.main([*argv[:2], "--methods=lora,full", "--sweep_lr=1e-2", "--seeds=0", "--out=d", "--", *argv[7:], "--r=99"])       # r is above the smallest dimension
     out = capsys.readouterr().out
-    assert "full-1e-2-0" in out and "r=99 is above" not in out.split("\nseeds")[1] and "lora " in out
+    assert "r=99 is above" in out.split("\nseeds")[0] and "full-1e-2-0" in out and not any(line.startswith("lora ") for line in out.split("\nseeds")[1].splitlines())
+    with pytest.raises(ValueError, match="c/lora-1e-2-0 is a finished run of other options .*--gamma=0.5"):
+        eval.main([*argv[:2], "--methods=lora", "--sweep_lr=1e-2", "--seeds=0", "--out=c", "--", *argv[7:], "--r=3"])
+    with pytest.raises(ValueError, match="--metric=los: did you mean loss"):
+        eval.main([*argv[:2], "--methods=lora", "--sweep_lr=1e-2,1e-2", "--seeds=0", "--metric=los", *argv[5:]])
+    eval.main([*argv[:2], "--methods=lora", "--sweep_lr=1e-5,1e-2", "--seeds=0,0", "--metric=drift", *argv[5:]])       # lower is better
+    assert next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lora ")).split()[2] == "1e-5"
     with pytest.raises(ValueError, match="did you mean lora"):
         eval.main(["compare", "nlg", "--methods=lorra"])
     with pytest.raises(ValueError, match="expected nlg or nlu"):
@@ -373,9 +379,14 @@ def test_calibration_text_and_rows(base, capsys):
     drawn = eval.draw(5, 12, "x")
     assert len(drawn) == 12 and {drawn.count(i) for i in range(5)} == {2, 3} and set(eval.draw(5, 5, "x")) == set(range(5))
     for argv, words in ((["--calibration_data=text.jsonl", "--max_len=9999"], "tokens of text"), (["--calibration_data=rows.jsonl", "--calibration=0"], "calibration=0"),
-                        (["--calibration_data=none.jsonl"], "none.jsonl")):
+                        (["--calibration_data=none.jsonl"], "--calibration_data=none.jsonl"), (["--keep=frist"], "--keep=frist: expected first"),
+                        (["--method=lora", "--calibration_data=text.jsonl"], "only corda"), (["--correct_B"], "second version of lora-fa"), (["--method=bitfit"], "is for encoders"),
+                        (["--method=lora-ga", "--r=25", "--dry_run"], "takes 2r directions")):
         with pytest.raises(ValueError, match=words):
             train("--method=corda", *argv, "--out_dir=bad")
+    capsys.readouterr()
+    eval.draw(3, 4, 0)
+    assert "4 rows are wanted and 3 are there" in capsys.readouterr().out
 
 
 def test_adalora_budget_is_checked_before_training_and_logged(base):

@@ -66,9 +66,9 @@ def test_every_method_trains_and_leaves_its_run_folder(base, method, capsys):
             assert np.abs(saved["features"] - features.numpy()).max() < 1e-4 and saved["y"].tolist() == [y for _, y in examples]
 
 
-@pytest.mark.parametrize("method", ["balora", "bitfit"])
+@pytest.mark.parametrize("method", ["balora", "bitfit", "hadapter", "padapter", "adalora", "lora-ga", "corda++", "lora-fa"])
 def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
-    argv = [f"--method={method}", "--probe"]
+    argv = [f"--method={method}", *(["--probe"] if method in ("balora", "bitfit", "lora-ga") else []), "--calibration=4", "--rounds=2", *(["--correct_B"] if method == "lora-fa" else [])]
     train(*argv, "--out_dir=whole")
     real, saves = eval.save_checkpoint, []
 
@@ -81,6 +81,7 @@ def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(*argv, "--out_dir=parts")
     torch.manual_seed(123)
+    monkeypatch.setattr(balora, "statistics", lambda *a, **k: pytest.fail("a resumed run measures nothing"))
     train(*argv, "--out_dir=parts", "--resume")
     assert saves == [8, 16]
     same_run("whole", "parts")
@@ -261,7 +262,7 @@ def test_bad_input_is_one_line(base):
                         (["--imbalance=1:2"], "expected 3 numbers"), (["--init=tiny"], "leave both out"), (["--data=none.jsonl"], "none.jsonl"),
                         (["--data=odd.jsonl"], "unknown label 'maybe'"), (["--targets=gate_proj"], "nothing matches gate_proj"), (["--max_len=2"], "max_len=2"),
                         (["--learning_rate=1e30", "--method=full", "--grad_clip=0"], "not finite"), (["--label_smoothing=1"], "label_smoothing"), (["--pretrain_iters=0"], "pretrain_iters"),
-                        (["--task=stsb", "--stratified"], "--stratified needs classes"), (["--correct_B", "--method=lora"], "LoRA-FA"), (["--method=adalora", "--adalora_first=9", "--adalora_last=9"], "16 steps"), (["--devise=cpu"], "did you mean device")):
+                        (["--task=stsb", "--stratified"], "--stratified needs classes"), (["--correct_B", "--method=lora"], "of lora-fa"), (["--method=adalora", "--adalora_first=9", "--adalora_last=9"], "16 steps"), (["--devise=cpu"], "did you mean device")):
         with pytest.raises(ValueError, match=words) as e:
             train(*argv, "--out_dir=bad", "--overwrite")
         assert "\n" not in str(e.value)
@@ -281,3 +282,18 @@ def test_label_smoothing_and_loss(base):
     smooth = balora.loss_nlu(Z, y, lambdas=(0, 0, 0), label_smoothing=0.1)[0]
     by_hand = 0.9 * F.cross_entropy(Z, y) - 0.1 * F.log_softmax(Z, -1).mean()
     torch.testing.assert_close(smooth, by_hand)
+
+
+def test_compare_nlu_trains_each_method_alone(base, monkeypatch, capsys):
+    """The script's own metric chooses the rate; a preset's --against adds nothing; --metric=loss takes the lowest."""
+    monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: (train_nlu.main(argv[2:]), subprocess.CompletedProcess(argv, 0))[1] if "train_nlu.py" in str(argv[1]) else
+                        subprocess.CompletedProcess(argv, 0, stdout=""))
+    argv = ["compare", "nlu", "--methods=lora,bitfit", "--sweep_lr=1e-4,1e-2", "--seeds=0,1", "--out=c"]
+    options = ["--", *[word for word in COMMON if "learning_rate" not in word], "--against=pissa"]
+    eval.main([*argv, *options])
+    out = capsys.readouterr().out
+    assert sorted(p.name for p in (base / "c").iterdir() if p.is_dir() and "1e-2-0" in p.name) == ["bitfit-1e-2-0", "lora-1e-2-0"] and "accuracy" in out.split("\nseeds 0, 1")[1]
+    eval.main([*argv, "--metric=loss", *options])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lora "))
+    at = {lr: evaluations(f"c/lora-{lr}-0")[-1]["loss"] for lr in ("1e-4", "1e-2")}
+    assert row.split()[2] == min(at, key=at.get)
