@@ -962,23 +962,29 @@ def features(o):
 def compare(o):
     """Methods side by side: `compare nlg --methods=lora,pissa --sweep_lr=1e-4,3e-4 --seeds=0,1,2 -- OPTIONS OF THE SCRIPT`.
 
-    Every learning rate with the first seed, then the best one with the others, since one rate for all misleads. What is finished is not run again.
+    Every learning rate with the first seed, then the best one with the others, since one rate for all misleads; a method may have rates of its own
+    (--sweep_lr="3e-4,1e-3 full=1e-5,3e-5"). What is finished is not run again.
     """
     if len(o.runs) != 1 or o.runs[0] not in ("nlg", "nlu"):
         raise ValueError(f"compare {' '.join(o.runs)}: expected nlg or nlu, options, then -- and the script's own options")
     listed = lambda words: list(dict.fromkeys(word for word in words.split(",") if word))
-    kind, seeds, rates = o.runs[0], listed(o.seeds), listed(o.sweep_lr)
+    kind, seeds, rates = o.runs[0], listed(o.seeds), {}
+    for part in o.sweep_lr.split():
+        method, mark, values = part.rpartition("=")
+        rates[method if mark else "any"] = listed(values)
     able = [m for m in balora.METHODS if kind == "nlu" or m not in balora.ENCODERS_ONLY]
     methods = able if o.methods == "all" else listed(o.methods)
-    if not (methods and seeds and rates):
-        raise ValueError(f"compare: --methods={o.methods} --seeds={o.seeds} --sweep_lr={o.sweep_lr}: each needs at least one value")
-    unknown = [m for m in methods if m not in able]
+    unknown = [m for m in (*methods, *rates) if m not in (*able, "any")]
     if unknown:
-        raise ValueError(f"--methods={','.join(unknown)}: {balora.nearest(unknown[0], able)}known for {kind}: {', '.join(able)}")
+        raise ValueError(f"compare: no method {', '.join(unknown)}; {balora.nearest(unknown[0], able)}known for {kind}: {', '.join(able)}")
+    without = [m for m in methods if not rates.get(m, rates.get("any"))]
+    if without or not (methods and seeds):
+        lack = f" (no rate for {', '.join(without)})" if without else ""
+        raise ValueError(f"compare: --methods={o.methods} --seeds={o.seeds} --sweep_lr={o.sweep_lr}: at least one method, seed and rate are needed{lack}")
     root = o.out or os.path.join("out", f"compare-{kind}-" + hashlib.sha256(json.dumps(o.rest).encode()).hexdigest()[:8])
     table = {}
     for method in methods:
-        sweep = {lr: run for lr in rates if (run := cell(kind, root, method, lr, seeds[0], o.rest))}
+        sweep = {lr: run for lr in rates.get(method, rates.get("any")) if (run := cell(kind, root, method, lr, seeds[0], o.rest))}
         if sweep:
             name = o.metric or ("loss" if kind == "nlg" else next(iter(sweep.values()))["metric"])
             measured = [key for key, value in next(iter(sweep.values())).items() if isinstance(value, float)]
@@ -1330,7 +1336,7 @@ class Options:
     only: str = ""                    # comma-separated contestants; empty: all
     compile: bool = False             # torch.compile this project's blocks
     methods: str = "all"              # comma-separated methods to compare; all
-    sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from
+    sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from, of all methods or NAME=RATES
     seeds: str = "0,1,2"              # comma-separated seeds
     metric: str = ""                  # what chooses the rate: a name in eval.json, higher is better; empty: the held-out loss (nlg), the task's own (nlu)
     rest: tuple = ()                  # after --: options of the training script

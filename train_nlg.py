@@ -89,6 +89,7 @@ class Settings:
     fused: bool | None = None         # AdamW in one kernel; None: on CUDA
     # evaluation and saving
     eval_interval: int = 50           # optimizer steps between evaluations on the held-out rows, each followed by a checkpoint
+    eval_iters: int = 0               # micro-batches of held-out rows that an evaluation reads, from the first on; 0: all
     save_interval: int = 0            # optimizer steps between further checkpoints; 0: none
     eval_generate: int = 16           # held-out prompts to answer at each evaluation (exact match, distinct-n); 0: none
     max_new: int = 256                # tokens an answer may take
@@ -120,7 +121,7 @@ def check(s):
         (lambda v: v >= 1, "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new lora_plus_ratio calibration rounds "
                            "adalora_first adalora_last adalora_every"),
         (lambda v: v > 0, "alpha T epochs gamma"),
-        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_generate save_interval orthogonality"),
+        (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_iters eval_generate save_interval orthogonality"),
         (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")))
     if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
@@ -299,7 +300,7 @@ def main(argv):
     print(f"{max_iters} steps of {s.batch_size} sequences in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)} -> {s.out_dir}")
 
     def evaluate():
-        record = dict(step=step, **eval.measure(net, tok, held_out, s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
+        record = dict(step=step, **eval.measure(net, tok, held_out[:s.eval_iters * s.micro_batch or None], s.micro_batch, s.K, s.k, device, drift=not full or bool(s.lambda1)))
         if s.eval_generate:
             asked = held_out[:s.eval_generate]
             answers = eval.write_answers(net, [prompt for prompt, _ in asked], s.max_new, 32, tok.eos)

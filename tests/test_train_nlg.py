@@ -143,6 +143,14 @@ def test_regularizers_go_with_any_method(base):
         assert log(method)[-1]["cr"] > 0 and log(method)[-1]["svdr"] < 0
 
 
+def test_eval_iters_takes_the_first_held_out_rows(base, monkeypatch):
+    seen, real = [], eval.measure
+    monkeypatch.setattr(eval, "measure", lambda net, tok, rows, *a, **k: seen.append(rows) or real(net, tok, rows, *a, **k))
+    for more in ([], ["--eval_iters=1", "--micro_batch=4"]):
+        train("--max_iters=1", "--out_dir=o", "--overwrite", *more)
+    assert [len(rows) for rows in seen] == [12, 12, 4, 4] and seen[2] == seen[0][:4]
+
+
 def test_consistency_rate(base):
     train("--max_iters=6", "--consistency_rate=0.25", "--out_dir=quarter")
     train("--max_iters=6", "--out_dir=whole")
@@ -360,8 +368,12 @@ def test_compare_runs_each_cell_once_and_takes_each_methods_best_rate(base, monk
         eval.main([*argv[:2], "--methods=lora", "--sweep_lr=1e-2,1e-2", "--seeds=0", "--metric=los", *argv[5:]])
     eval.main([*argv[:2], "--methods=lora", "--sweep_lr=1e-5,1e-2", "--seeds=0,0", "--metric=drift", *argv[5:]])       # lower is better
     assert next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lora ")).split()[2] == "1e-5"
-    with pytest.raises(ValueError, match="did you mean lora"):
-        eval.main(["compare", "nlg", "--methods=lorra"])
+    eval.main([*argv[:2], "--methods=lora,pissa", "--sweep_lr=1e-2 pissa=1e-5", "--seeds=0", *argv[5:]])              # rates of its own
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith(("lora ", "pissa "))] == ["1e-2", "1e-5"]
+    for bad, words in ((["--methods=lorra"], "did you mean lora"), (["--methods=lora", "--sweep_lr=pisssa=1e-4"], "did you mean pissa"), (["--methods=lora", "--sweep_lr=pissa=1"], "no rate for lora"),
+                       (["--seeds=,"], "at least one method, seed and rate")):
+        with pytest.raises(ValueError, match=words):
+            eval.main(["compare", "nlg", *bad])
     with pytest.raises(ValueError, match="expected nlg or nlu"):
         eval.main(["compare", "nlq"])
     with pytest.raises(ValueError, match="no options of another script"):
