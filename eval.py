@@ -1246,6 +1246,47 @@ def bench_encoder(o):
     print(f"{o.rows} x {o.length} tokens, {str(dtype)[6:]}, {device_name(device)}: ratio {statistics.median(a / b for a, b in zip(*times.values())):.2f}")
 
 
+def bench_generate(o):
+    """Greedy answers to the prompts of --data: tokens/s of `generate` here and in transformers, the same prompts in the same batches, alternating in one process."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("this benchmark compares with transformers, which is missing: pip install -r tests/requirements.txt") from None
+    device, times, counts, answers = pick_device(o.device), {"this project": [], "transformers": []}, {}, {}
+    net, tok = model.load(o.init, pick_dtype(o.dtype, device), device)
+    with tempfile.TemporaryDirectory() as folder:
+        net.save(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=net.head.dtype).to(device).eval()
+    prompts = [tok.bos + tok.encode(fill(o.template, *row[:2])) for row in rows_of(o)]
+    batches = [[prompts[i] for i in rows] for rows in batches_by_length([(p, ()) for p in prompts], o.batch_size)]
+
+    def ours():
+        return [ids for batch in batches for ids in net.generate(batch, o.max_new, eos=tok.eos)]
+
+    def other():
+        out = []
+        for batch in batches:
+            L = max(map(len, batch))
+            ids = torch.tensor([[tok.eos] * (L - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in batch], device=device)
+            made = theirs.generate(ids, attention_mask=mask, max_new_tokens=o.max_new, do_sample=False, eos_token_id=tok.eos, pad_token_id=tok.eos)[:, L:].tolist()
+            out += [row[:row.index(tok.eos)] if tok.eos in row else row for row in made]
+        return out
+    for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one warms up
+        for name, write in (("this project", ours), ("transformers", other)):
+            start = time.perf_counter()
+            with torch.no_grad():
+                answers[name] = write()
+            times[name] += [time.perf_counter() - start] if step else []
+            counts[name] = sum(map(len, answers[name]))
+    for name, t in times.items():
+        print(f"{name:<14} {counts[name] / statistics.median(t):.1f} tokens/s: {counts[name]} in {statistics.median(t):.2f} s ({min(t):.2f}-{max(t):.2f} of {len(t)})")
+    same = sum(a == b for a, b in zip(*answers.values()))
+    ratio = statistics.median((counts["this project"] / a) / (counts["transformers"] / b) for a, b in zip(*times.values()))
+    print(f"{len(prompts)} prompts in batches of {o.batch_size}, at most {o.max_new} new tokens, {str(net.head.dtype)[6:]}, {device_name(device)}: "
+          f"{same} of {len(prompts)} answers the same; ratio of tokens/s {ratio:.2f}")
+
+
 def precision(o):
     """How well a small update survives in bf16: the bracket as computed here, and A, B cast whole as residual-form PiSSA does under autocast."""
     net, tok = model.load(o.init, dtype=torch.bfloat16)
@@ -1354,6 +1395,7 @@ COMMANDS = {                          # name: (function, the options it reads)
     "bench": (bench, "init rows length steps r only device compile"),
     "bench-encoder": (bench_encoder, "rows length steps device dtype"),
     "bench-init": (bench_init, "init steps r"),
+    "bench-generate": (bench_generate, "init data prompt_field response_field last limit template max_new batch_size steps device dtype run"),
     "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
 }
