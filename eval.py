@@ -702,7 +702,8 @@ def normalise(answer):
 
     Gone: line breaks, \!, doubled backslashes, \left \right, degrees, \$, \%, spaces, units from `\text{ ` on, one or two letters before a single "=".
     Rewritten: tfrac dfrac -> frac, \frac12 -> \frac{1}{2}, \sqrt3 -> \sqrt{3}, integers a/b -> \frac{a}{b}, .5 -> 0.5, and exactly 0.5 -> \frac{1}{2}.
-    Where the published code gives up and compares the raw strings (a second `\text{ `, one a/b of other than integers, too little behind a \frac or \sqrt), this one goes on.
+    Where the published code gives up and compares the raw strings, this one goes on: a second `\text{ `, an a/b of other than integers, less behind a \frac
+    or \sqrt than it takes.
     """
     s = answer.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     s = re.sub(r"[td]frac", "frac", s)
@@ -722,7 +723,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def plain(answer):
-    r"""A MATH answer for math_equal: normalised, without $, \( \), \boxed{}, thin spaces and \text{} around words, thousands commas gone, 2\frac{1}{2} a sum."""
+    r"""A MATH answer for math_equal: normalised, 2\frac{1}{2} as a sum, without $ \( \), a \boxed{} or \text{} around it, thin spaces, thousands commas."""
     s = re.sub(r"^\\[(\[]|\\[)\]]$|(?<!\\)\$|\\[ ,;:]", "", boxed(answer) or answer)
     s = re.sub(r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^{1/\1})", re.sub(r"(frac|sqrt) +", r"\1", s))
     s = normalise(re.sub(r"\b(\d+) (\d+)/(\d+)\b", r"(\1+\2/\3)", s))
@@ -733,7 +734,7 @@ def plain(answer):
 
 
 def parse_math(s):
-    """A plain() answer as Python's syntax tree: numbers, letters, pi, square roots, + - * / ^, brackets, products without a sign. None where it is anything else."""
+    """A plain() answer as Python's syntax tree, of numbers, letters, pi, square roots, + - * / ^, brackets, products without a sign; None for anything else."""
     before = None
     while s != before and len(s) <= 200:                                         # from the innermost braces outwards
         before, s = s, re.sub(r"\^\{([^{}]*)\}", r"^(\1)", s)
@@ -1088,7 +1089,7 @@ def read_lines(option, path, fields, origin):
     check_json(path)
     with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f if line.strip()]
-    if wrong := next((line for line in lines or [{}] if not set(fields) <= line.keys()), None):
+    if wrong := next((line for line in lines if not set(fields) <= line.keys()), "an empty file" if not lines else None):
         raise ValueError(f"--{option}={path}: expected lines with {', '.join(fields)}, not {str(wrong)[:120]}; {origin}")
     return lines
 
@@ -1136,7 +1137,7 @@ def retry_after(headers):
         return 0.0
 
 
-def ask(url, body, retries=5, timeout=120.0, stop=None):
+def complete(url, body, retries=5, timeout=120.0, stop=None):
     """One chat completion of an OpenAI-compatible endpoint (key: OPENAI_API_KEY) -> its text.
 
     Rate limits, server errors, time-outs (seconds of silence), broken connections and replies without the text are tried again, up to `retries` times,
@@ -1178,12 +1179,22 @@ def error_text(e):
 
 
 def ask_judge(o, todo, path, lines):
-    """Have `todo` rated, --parallel requests at a time; each rating is a line of `path` (and of `lines`) as it comes. -> why the ones that failed did."""
+    """Have `todo` rated, --parallel requests at a time; each rating is a line of `path` (and of `lines`) as it comes. -> why the ones that failed did.
+
+    Where nothing at all is answered, it stops after twice --parallel failures instead of waiting through every item.
+    """
     url, stop, lock, failed = o.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", threading.Event(), threading.Lock(), []
+    start = len(lines)
 
     def one(item):
+        if stop.is_set():
+            return
         messages = [dict(role="system", content=item["system"]), dict(role="user", content=item["user_prompt"])]
-        text = ask(url, dict(model=o.judge_model, messages=messages, temperature=0, max_tokens=2048), o.retries, o.timeout, stop)
+        try:
+            text = complete(url, dict(model=o.judge_model, messages=messages, temperature=0, max_tokens=2048), o.retries, o.timeout, stop)
+        except ValueError:
+            stop.set()                                                           # what is refused once is not asked 160 times
+            raise
         known = {k: v for k, v in item.items() if k not in ("system", "turn")}
         with lock:
             lines.append(dict(**known, judgment=text, score=rating(text), turn=item["turn"], tstamp=time.time()))
@@ -1196,6 +1207,8 @@ def ask_judge(o, todo, path, lines):
                 future.result()
             except ConnectionError as e:
                 failed.append(str(e))
+                if len(failed) == 2 * o.parallel and len(lines) == start:
+                    break
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)                                       # replies under way are paid for: they are waited for, and written
@@ -1207,9 +1220,8 @@ def print_ratings(lines, asked):
     category = {q["id"]: q["category"] for q in asked}
     groups = {"first turn": [], "second turn": [], "all turns": []} | {name: [] for name in TEMPERATURES}
     for line in lines:
-        for name in ("first turn" if line["turn"] == 1 else "second turn", "all turns", category.get(line["question_id"])):
-            groups.setdefault(name or "not in --data", [])
-            groups[name or "not in --data"] += [line["score"]] if line["score"] != -1 else []
+        for name in ("first turn" if line["turn"] == 1 else "second turn", "all turns", category.get(line["question_id"], "not in --data")):
+            groups.setdefault(name, []).extend([line["score"]] if line["score"] != -1 else [])
     for name, group in groups.items():
         if group:
             print(f"  {name:<14}{statistics.mean(group):6.2f}  ({len(group)} ratings)")
@@ -1241,8 +1253,9 @@ def judge(o):
         failed = ask_judge(o, todo, out, lines)
     print_ratings(lines, questions(o))
     if failed:
-        print(f"{len(failed)} turns could not be rated (last: {failed[-1]}); the same command asks for those alone")
-    elif not o.judge_url:
+        raise ValueError(f"{2 * len(answers) - len(lines)} of {2 * len(answers)} turns could not be rated (last: {failed[-1]}); "
+                         "the same command asks for those alone")
+    if not o.judge_url:
         print(f"{len(lines)} of {2 * len(answers)} turns are rated; the answers wait in {path} for --judge_url=URL of an OpenAI-compatible endpoint "
               "(key: OPENAI_API_KEY)")
     print(f"{len(lines)} ratings of {2 * len(answers)} -> {out}" if lines else "no rating yet")
