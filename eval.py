@@ -981,7 +981,7 @@ def answer_items(o, name, prompts, judge, max_new=512, n=1, temperatures=None, o
     max_new, coded = o.max_new or settings.get("max_new", max_new), [tok.bos + tok.encode(prompt) for prompt in prompts]
     full = sum(len(ids) >= net.config.max_len for ids in coded)
     print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {', '.join(map(str, kinds))}"
-          + (f"; {full} fill the context of {net.config.max_len} tokens and count as wrong" if full else ""))
+          + (f"; {full} fill the context of {net.config.max_len} tokens and stay unanswered" if full else ""))
     head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data,
                 prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new,
                 temperature=kinds[0] if len(kinds) == 1 else kinds, top_p=o.top_p, seed=o.seed)
@@ -1032,7 +1032,8 @@ def competition_math(o):
     if missing := sum(g is None for g in gold):
         print(f"{o.data}: {missing} of {len(rows)} solutions have no \\boxed answer and count as wrong")
     same = math_equal if o.loose else lambda a, b: None not in (a, b) and normalise(a) == normalise(b)
-    path, lines = answer_items(o, "math", [fill(template, *row[:2]) for row in rows], lambda i, text: dict(got=extract_math(text), gold=gold[i]), 1024)
+    o.max_new = o.max_new or 1024
+    path, lines = answer_items(o, "math", [fill(template, *row[:2]) for row in rows], lambda i, text: dict(got=extract_math(text), gold=gold[i]))
     right = [same(line["got"], line["gold"]) for line in lines]
     table = read_table(o.data)
     for name in ("subject", "type", "level"):
@@ -1067,8 +1068,8 @@ def mtbench(o):
     temperatures = [TEMPERATURES[q["category"]] for q in asked]
 
     def answers(turn, prompts):
-        return answer_items(dataclasses.replace(o, out=f"{name}-turn{turn}"), "mtbench", prompts, lambda i, text: dict(tstamp=time.time()), 1024,
-                            temperatures=temperatures, opened=opened)
+        return answer_items(dataclasses.replace(o, out=f"{name}-turn{turn}", max_new=o.max_new or 1024), "mtbench", prompts,
+                            lambda i, text: dict(tstamp=time.time()), temperatures=temperatures, opened=opened)
     prompts = [fill(template, q["turns"][0]) for q in asked]
     path, first = answers(1, prompts)
     _, second = answers(2, [next_turn(template, prompt + line["answer"], q["turns"][1]) for prompt, line, q in zip(prompts, first, asked)])
@@ -1094,16 +1095,27 @@ def read_lines(option, path, fields, origin):
     return lines
 
 
+def turns_of(record, path):
+    """The two texts of a record in FastChat's model_answer format (its first choice)."""
+    try:
+        turns = [str(text) for text in record["choices"][0]["turns"]]
+    except (LookupError, TypeError):
+        turns = ()
+    if len(turns) != 2:
+        raise ValueError(f"{path}: question {record['question_id']}: expected choices[0].turns to hold two texts, as FastChat writes them")
+    return turns
+
+
 def judge_requests(o, answers):
     """FastChat's single-answer grading -> a dict for each turn of each answer: the fields of model_judgment that are known beforehand, and `system`."""
     prompts = read_lines("judge_prompts", o.judge_prompts, ("name", "system_prompt", "prompt_template"), f"{FASTCHAT}/judge_prompts.jsonl")
     prompts, origin = {p["name"]: p for p in prompts}, f"{FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
     references = read_lines("references", o.references, ("question_id", "choices"), origin) if o.references else []
-    references, asked, out = {r["question_id"]: r["choices"][0]["turns"] for r in references}, {q["id"]: q for q in questions(o)}, []
+    references, asked, out = {r["question_id"]: turns_of(r, o.references) for r in references}, {q["id"]: q for q in questions(o)}, []
     for answer in answers:
-        q, key, turns = asked.get(answer["question_id"]), answer["question_id"], answer["choices"][0]["turns"]
-        if q is None or len(turns) != 2:
-            raise ValueError(f"the answer to question {key}: expected two turns and a question of --data={o.data}; is that the file that was answered?")
+        q, key, turns = asked.get(answer["question_id"]), answer["question_id"], turns_of(answer, "the answers")
+        if q is None:
+            raise ValueError(f"question {key} is answered, and it is not in --data={o.data}; give the file that was answered")
         solved = q["category"] in ("math", "reasoning", "coding")
         reference = references.get(key) or q["reference"]
         if solved and len(reference) != 2:
@@ -1678,7 +1690,7 @@ class Options:
     limit: int = 0                    # then the first N of those; 0: all
     template: str = "alpaca"          # alpaca, plain, or text with {instruction}; a run brings its own
     prompt: str = ""                  # what to answer
-    max_new: int = 0                  # tokens an answer may take; 0: the run's, or 512 (math, mtbench: 1024)
+    max_new: int = 0                  # tokens an answer may take; 0: 1024 for math and mtbench, otherwise the run's, or 512
     loose: bool = False               # gsm8k: compare the whole number, not rounded; math: accept what is equal as mathematics
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
@@ -1687,7 +1699,7 @@ class Options:
     out: str = ""                     # file or folder to write (a benchmark's: the name of its .jsonl in the run folder)
     answers: str = ""                 # FastChat's model_answer .jsonl to judge; empty: the run's mtbench.jsonl
     judge_prompts: str = ""           # FastChat's judge_prompts.jsonl
-    references: str = ""              # FastChat's reference_answer/gpt-4.jsonl
+    references: str = ""              # FastChat's reference_answer/gpt-4.jsonl, which goes with its own question.jsonl
     judge_url: str = ""               # OpenAI-compatible endpoint, like https://api.openai.com/v1; empty: ask nobody
     judge_model: str = "gpt-4"        # the judge's name there
     retries: int = 5                  # how often a failed request is tried again, >= 0

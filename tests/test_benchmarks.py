@@ -261,6 +261,23 @@ def test_mtbench_on_a_real_network(base, shared, tmp_path, monkeypatch):
     assert [len(r["choices"][0]["turns"]) for r in lines_of("out/mine.jsonl")] == [2, 2, 2] and lines_of("out/mine-turn1.jsonl")[0]["temperature"] == 0.7
 
 
+def test_on_a_run(base, says, shared, capsys):
+    """A run brings its template, its adapter's hash and its folder; `judge --run` finds the answers there."""
+    import train_nlg
+    Path("rows.jsonl").write_text("\n".join(json.dumps(dict(problem=f"{a}?", solution=f"\\boxed{{{a}}} The answer is: {a}")) for a in range(20)))
+    train_nlg.main([f"--init={base}", "--data=rows.jsonl", "--out_dir=run", "--template=plain", "--max_iters=1", "--batch_size=4", "--eval_rows=4", "--r=4", "--eval_generate=0",
+                    "--max_new=9"])
+    says.text = lambda prompt: "The answer is: " + prompt.rstrip("?\n")
+    command("math", "--run=run", "--data=rows.jsonl", "--last=5")
+    out = capsys.readouterr().out
+    assert "exact match 100.00 % (5 of 5)" in out and "run/math.jsonl" in out and "at most 1024 tokens" in out
+    command("mtbench", "--run=run", f"--data={shared}/mt_bench/question.jsonl", "--limit=2")
+    first, second = (q["turns"] for q in lines_of(shared / "mt_bench/question.jsonl")[:2])
+    assert (f"{first[0]}\nThe answer is: {first[0]}\n\n{first[1]}\n", 0.7) in says.asked and lines_of("run/mtbench.jsonl")[1]["model_id"] == "run"
+    command("judge", "--run=run", f"--data={shared}/mt_bench/question.jsonl")
+    assert "0 of 4 turns are rated; the answers wait in run/mtbench.jsonl" in capsys.readouterr().out
+
+
 def test_next_turn_in_other_templates():
     assert eval.next_turn("plain", "q\na", "r") == "q\na\n\nr\n" and eval.next_turn("Q {instruction} A", "Q x A y", "z") == "Q x A y\n\nQ z A"
 
@@ -456,6 +473,16 @@ def test_a_dead_judge_is_given_up(server, answers):
 def test_bad_judge_options(answers, argv, words):
     with pytest.raises(ValueError, match=words):
         command(*answers[1], *argv)
+
+
+def test_bad_answers(answers):
+    path, args = answers
+    record = lines_of(path)[0]
+    for wrong, words in ((dict(record, choices=[]), "question 81: expected choices"), (dict(record, choices=[dict(turns=["one"])]), "two texts"), (dict(record, choices=3), "two texts"),
+                         (dict(record, question_id=7), "question 7 is answered, and it is not in --data"), (dict(question_id=81), "expected lines with question_id, model_id, choices")):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=words):
+            command(*args, "--judge_url=http://x")
 
 
 def test_bad_judge_prompts(answers, tmp_path):
