@@ -930,12 +930,17 @@ def file_hash(path):
     return hashlib.sha256(open(path, "rb").read()).hexdigest()[:16] if os.path.exists(path) else ""
 
 
-def whole_lines(path):
-    """Records of a .jsonl file that grows line by line, [] where there is none; a last line that a kill cut off is taken out of it."""
+def whole_lines(path, fields=()):
+    """Records of a .jsonl file that grows line by line, [] where there is none; a last line that a kill cut off is taken out of it.
+
+    Where a line is not JSON (JSONDecodeError) or lacks one of `fields` (LookupError), the file stays as it is.
+    """
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f if line.endswith("\n")]
+    if any(not set(fields) <= line.keys() for line in lines):
+        raise LookupError(f"{path}: a line without one of {', '.join(fields)}")
     balora.write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
     return lines
 
@@ -1252,7 +1257,12 @@ def judge(o):
     if o.judge_url and not re.match(r"https?://[^\s/]", o.judge_url):
         raise ValueError(f"--judge_url={o.judge_url}: expected the address of an OpenAI-compatible endpoint, like https://api.openai.com/v1")
     out = o.out or f"{path.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', o.judge_model)}_single.jsonl"
-    lines, failed = whole_lines(out), []
+    if not out.endswith(".jsonl"):
+        raise ValueError(f"--out={out}: expected the name of a .jsonl file for the ratings")
+    try:
+        lines, failed = whole_lines(out, ("question_id", "turn", "user_prompt", "score")), []
+    except (json.JSONDecodeError, LookupError):
+        raise ValueError(f"--out={out} holds something else than judgments; choose another --out") from None
     if o.judge_url:
         key = lambda line: (line["question_id"], line["turn"])
         items, seen = judge_requests(o, answers), {key(line): line for line in lines}
@@ -1696,7 +1706,7 @@ class Options:
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
     seed: int = 0                     # of sampling
     batch_size: int = 32              # sequences at a time
-    out: str = ""                     # file or folder to write (a benchmark's: the name of its .jsonl in the run folder)
+    out: str = ""                     # file or folder to write (gsm8k, math, mtbench: the name of their .jsonl in the run folder)
     answers: str = ""                 # FastChat's model_answer .jsonl to judge; empty: the run's mtbench.jsonl
     judge_prompts: str = ""           # FastChat's judge_prompts.jsonl
     references: str = ""              # FastChat's reference_answer/gpt-4.jsonl, which goes with its own question.jsonl
