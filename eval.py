@@ -1260,7 +1260,7 @@ def judge(o):
     if not out.endswith(".jsonl"):
         raise ValueError(f"--out={out}: expected the name of a .jsonl file for the ratings")
     try:
-        lines, failed = whole_lines(out, ("question_id", "turn", "user_prompt", "score")), []
+        lines, failed = whole_lines(out, ("question_id", "model", "judge", "user_prompt", "score", "turn")), []
     except (json.JSONDecodeError, LookupError):
         raise ValueError(f"--out={out} holds something else than judgments; choose another --out") from None
     if o.judge_url:
