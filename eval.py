@@ -1,7 +1,10 @@
 """Everything about a run that is not its loop: settings, device, run folder, rows and prompts, metrics, benchmarks, figures.
 
     python eval.py sample --run=out/x --prompt="What is 17 + 25?"      # write with a tuned model (--init=NAME: an untuned one)
-    python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval
+    python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval (--loose: equal as numbers)
+    python eval.py math   --run=out/x                                  # MATH by the published string rule (--loose: equal as mathematics)
+    python eval.py mtbench --run=out/x --data=question.jsonl           # two-turn answers in FastChat's format, for its judge or for ours:
+    python eval.py judge  --run=out/x --data=question.jsonl --judge_prompts=judge_prompts.jsonl --references=gpt-4.jsonl --judge_url=URL --judge_model=NAME
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
     python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
     python eval.py features out/a out/b --out=features.png             # classifiers: last-layer features under t-SNE
@@ -12,12 +15,18 @@
 The sections stand on their own: settings - device - run folder - rows and prompts - metrics - benchmarks - figures - commands.
 """
 import argparse
+import ast
+import cmath
+import concurrent.futures
 import dataclasses
+import email.utils
 import fractions
 import hashlib
+import http.client
 import inspect
 import json
 import math
+import operator
 import os
 import pickle
 import platform
@@ -30,9 +39,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
+import urllib.error
+import urllib.request
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -430,8 +442,8 @@ TEMPLATES = {
 }
 ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
                 "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-PROMPT_FIELDS = ("instruction", "query", "question", "human", "prompt")
-RESPONSE_FIELDS = ("output", "response", "answer", "assistant", "completion")
+PROMPT_FIELDS = ("instruction", "query", "question", "human", "prompt", "problem")
+RESPONSE_FIELDS = ("output", "response", "solution", "answer", "assistant", "completion")
 
 
 def read_rows(data, prompt_field="", response_field="", limit=0):
@@ -515,6 +527,15 @@ def fill(template, instruction, given=""):
         return ALPACA_INPUT.replace("{instruction}", instruction).replace("{input}", given) if template == "alpaca" \
             else text.replace("{instruction}", f"{instruction}\n{given}")
     return text.replace("{instruction}", instruction)
+
+
+def next_turn(template, said, instruction):
+    """The prompt that goes on with a conversation: what was `said` (the last prompt and its answer), a blank line, the template again.
+
+    Of the template, what stands after the last blank line before {instruction}: Alpaca's opening sentences are said once, its headings every turn.
+    """
+    head, slot, tail = TEMPLATES.get(template, template).partition("{instruction}")
+    return f"{said}\n\n" + (head.rpartition("\n\n")[2] + slot + tail).replace(slot, instruction)
 
 
 def encode_rows(rows, tok, template, max_len):
@@ -683,6 +704,139 @@ def extract_answer(text):
         return None
 
 
+def exact_number(text):
+    """The number after the last "The answer is: " as a Fraction, not rounded, or None: "1,234,567", "2 1/2", "-7/2", "$3.50" are read whole."""
+    head, mark, tail = text.rpartition("The answer is: ")
+    found = re.search(r"([-+]?)\s?\$?\s?(?:(\d+) (?=\d+/\d))?(\d*\.?\d+)(?:/(\d+))?", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", tail), re.A) if mark else None
+    if not found or found[4] and not int(found[4]):
+        return None
+    number = int(found[2] or 0) + fractions.Fraction(found[3]) / int(found[4] or 1)
+    return -number if found[1] == "-" else number
+
+
+def boxed(text):
+    r"""The content of the last \boxed{...} of a MATH solution (of the last \fbox{...} where there is none; `\boxed 5` runs to the next $), or None."""
+    head, mark, rest = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip() if mark else None
+    depth = 0
+    for i, letter in enumerate(rest):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+def extract_math(text):
+    """What stands after the last "The answer is: ", up to the first ".\\n" and without a last period, or None where the phrase is missing (METHODS 6.3)."""
+    head, mark, tail = text.rpartition("The answer is: ")
+    return tail.split(".\n")[0].strip().removesuffix(".").strip() if mark else None
+
+
+def normalise(answer):
+    r"""The form in which MATH answers are compared as strings (Hendrycks et al. 2021, METHODS 6.3).
+
+    Gone: line breaks, \!, doubled backslashes, \left \right, degrees, \$, \%, spaces, units from `\text{ ` on, one or two letters before a single "=".
+    Rewritten: tfrac dfrac -> frac, \frac12 -> \frac{1}{2}, \sqrt3 -> \sqrt{3}, integers a/b -> \frac{a}{b}, .5 -> 0.5, and exactly 0.5 -> \frac{1}{2}.
+    Where the published code gives up and compares the raw strings, this one goes on: a second `\text{ `, an a/b of other than integers, less behind a \frac
+    or \sqrt than it takes.
+    """
+    s = answer.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    s = re.sub(r"[td]frac", "frac", s)
+    s = re.sub(r"\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$", "", s).split("\\text{ ")[0].replace("\\%", "")
+    s = re.sub(r"(^|[ {])\.", r"\g<1>0.", s)
+    s = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", s)
+    s = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", s).replace(" ", "")
+    s = re.sub(r"\\frac([^{])(\{|(?!\\frac).)", lambda m: f"\\frac{{{m[1]}}}" + (m[2] if m[2] == "{" else f"{{{m[2]}}}"), s)
+    if s == "0.5":
+        return "\\frac{1}{2}"
+    return re.sub(r"^(0|-?[1-9]\d*)/(0|-?[1-9]\d*)$", r"\\frac{\1}{\2}", s)
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
+              ast.USub: operator.neg, ast.UAdd: operator.pos}
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def plain(answer):
+    r"""A MATH answer for math_equal: normalised, 2\frac{1}{2} as a sum, without $ \( \), a \boxed{} or \text{} around it, thin spaces, thousands commas."""
+    s = re.sub(r"^\\[(\[]|\\[)\]]$|(?<!\\)\$|\\[ ,;:]", "", boxed(answer) or answer)
+    s = re.sub(r"\\sqrt\[(\d+)\]\{([^{}]*)\}", r"((\2)^{1/\1})", re.sub(r"(frac|sqrt) +", r"\1", s))
+    s = normalise(re.sub(r"\b(\d+) (\d+)/(\d+)\b", r"(\1+\2/\3)", s))
+    s = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1", s)
+    s = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", s)
+    s = re.sub(r"(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)", s)
+    return s.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", s) else s
+
+
+def parse_math(s):
+    """A plain() answer as Python's syntax tree, of numbers, letters, pi, square roots, + - * / ^, brackets, products without a sign; None for anything else."""
+    before = None
+    while s != before and len(s) <= 200:                                         # from the innermost braces outwards
+        before, s = s, re.sub(r"\^\{([^{}]*)\}", r"^(\1)", s)
+        s = re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", s))
+    s = re.sub(r"\\cdot|\\times", "*", s).replace("\\pi", "pi").replace("^", "**")
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|sqrt(?=\()|pi|[A-Za-z]|\*\*|[-+*/()]", s, re.A)
+    if len(s) > 200 or "".join(tokens) != s or "()" in s or re.search("[A-Za-z]{3}", re.sub("sqrt|pi", "", s)):      # a word is no product
+        return None
+    product = lambda a, b: (a[-1].isalnum() and a != "sqrt" or a[-1] in ").") and (b[0].isalnum() or b == "(")
+    try:
+        return ast.parse("".join(a + "*" * product(a, b) for a, b in zip(tokens, tokens[1:] + ["+"])), mode="eval").body
+    except SyntaxError:
+        return None
+
+
+def evaluate(node, at):
+    """The complex value of parse_math's tree. at: the values of its letters."""
+    if isinstance(node, ast.Constant):
+        return complex(node.value)
+    if isinstance(node, ast.Name):
+        return at[node.id]
+    if isinstance(node, ast.Call):
+        return cmath.sqrt(evaluate(node.args[0], at))
+    sides = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    return OPERATIONS[type(node.op)](*(evaluate(side, at) for side in sides))
+
+
+def math_equal(a, b):
+    r"""Are two MATH answers the same mathematics? Texts, or None (never equal) -> bool. Beyond normalise(a) == normalise(b) this accepts, and nothing else:
+
+    - other writing: $...$, \text{...} around words, thousands commas, 3\frac{1}{2} and 3 1/2 for 3.5;
+    - expressions that parse_math reads, where their values agree at three fixed points of their letters to 1e-10 (relative), or to 1e-4 where either
+      is written with a decimal point;
+    - lists and intervals between the same brackets, entry by entry in the same order.
+    No factor of 100 passes for a percent sign. Time is bounded: floats at three points, at most 200 characters, nothing symbolic.
+    """
+    if a is None or b is None:
+        return False
+    if normalise(a) == normalise(b) or plain(a) == plain(b):
+        return True
+    a, b = plain(a), plain(b)
+    if "," in a and "," in b:
+        lists = [re.fullmatch(r"(\\\{|[(\[])?(.*?)(\\\}|[)\]])?", s).groups() for s in (a, b)]
+        entries = [inside.split(",") for _, inside, _ in lists]
+        return lists[0][::2] == lists[1][::2] and len(entries[0]) == len(entries[1]) and all(map(math_equal, *entries))
+    trees, rng = [parse_math(a), parse_math(b)], random.Random(0)
+    if None in trees:
+        return False
+    for _ in range(3):
+        at = {letter: complex(rng.uniform(-2, 2)) for letter in LETTERS} | {"pi": complex(math.pi)}
+        try:
+            x, y = (evaluate(tree, at) for tree in trees)
+        except ArithmeticError:                                                  # a division by zero, a power out of range
+            return False
+        if not (cmath.isfinite(x) and cmath.isclose(x, y, rel_tol=1e-4 if "." in a + b else 1e-10)):
+            return False
+    return True
+
+
+def rating(text):
+    """The judge's rating in 1-10: the first [[8]] or [[8.5]], otherwise the first [8], as FastChat reads it; -1 where there is none in that range."""
+    found = re.search(r"\[\[\s*(\d+\.?\d*)\s*\]\]", text, re.A) or re.search(r"\[\s*(\d+\.?\d*)\s*\]", text, re.A)
+    score = float(found[1]) if found else -1
+    return -1 if not 1 <= score <= 10 else int(score) if score == int(score) else score
+
+
 def scores(y, Z, labels):
     """True ids (scores where `labels` is empty) [N] and logits Z [N, D] -> the dict of classification_scores or of regression_scores."""
     return classification_scores(y, Z.argmax(-1).tolist(), labels) if labels else regression_scores(y, Z[:, 0].tolist())
@@ -812,52 +966,78 @@ def file_hash(path):
     return hashlib.sha256(open(path, "rb").read()).hexdigest()[:16] if os.path.exists(path) else ""
 
 
+def whole_lines(path, fields=()):
+    """Records of a .jsonl file that grows line by line, [] where there is none; a last line that a kill cut off is taken out of it.
+
+    Where a line is not JSON (JSONDecodeError) or lacks one of `fields` (LookupError), the file stays as it is.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    if any(not set(fields) <= line.keys() for line in lines):
+        raise LookupError(f"{path}: a line without one of {', '.join(fields)}")
+    balora.write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    return lines
+
+
 def answer_file(run, name, head):
     """Open RUN/NAME.jsonl, whose first line says how it was made. -> path, records already there. Raises ValueError where `head` differs."""
     path = os.path.join(run or "out", f"{name}.jsonl")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not os.path.exists(path):
-        append(path, head)
-        return path, []
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    lines = whole_lines(path)
     if not lines:
-        os.remove(path)
-        return answer_file(run, name, head)
-    if lines[0] != head:
+        append(path, head)
+    elif lines[0] != head:
         raise ValueError(f"{path} was made with {lines[0]}, this is {head}; move it away or choose another --out")
-    balora.write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))     # without a half-written last line
     return path, lines[1:]
+
+
+def chosen(o, rows):
+    """The part of `rows` that --last and --limit ask for."""
+    return rows[-o.last if o.last else 0:][:o.limit or None]
 
 
 def rows_of(o):
     """The rows a command asks for, read by the run's field names unless others are given."""
     settings = read_json(os.path.join(o.run, "config.json"))["settings"] if o.run else {}
     names = (getattr(o, name) or settings.get(name, "") for name in ("prompt_field", "response_field"))
-    return read_rows(o.data, *names)[-o.last if o.last else 0:][:o.limit or None]
+    return chosen(o, read_rows(o.data, *names))
 
 
-def answer_items(o, name, prompts, judge, max_new=512, n=1):
+def answers_name(o, name):
+    """What a benchmark's file is called: --out, or the benchmark (and the untuned model)."""
+    return o.out or name + ("" if o.run else f"-{os.path.basename(o.init)}")
+
+
+def answer_items(o, name, prompts, judge, max_new=512, n=1, temperatures=None, opened=None):
     """n answers of the model to each of `prompts` (fill() has framed them), a line of RUN/NAME.jsonl each as it comes: on from where it was stopped.
 
-    judge(i, text) -> dict, the verdict on an answer to prompt i; it stands in the line beside row, sample and answer. -> path, all lines in order.
+    judge(i, text) -> dict, the verdict on an answer to prompt i; it stands in the line beside row, sample and answer. temperatures: one a prompt,
+    otherwise --temperature for all. opened: open_model(o), where it is already. -> path, all lines in order.
     """
-    net, tok, settings, device = open_model(o)
+    net, tok, settings, device = opened or open_model(o)
+    temperatures = temperatures or [o.temperature] * len(prompts)
+    kinds = sorted(set(temperatures))
     max_new, coded = o.max_new or settings.get("max_new", max_new), [tok.bos + tok.encode(prompt) for prompt in prompts]
     full = sum(len(ids) >= net.config.max_len for ids in coded)
-    print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {o.temperature}"
-          + (f"; {full} fill the context of {net.config.max_len} tokens and count as wrong" if full else ""))
+    print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {', '.join(map(str, kinds))}"
+          + (f"; {full} fill the context of {net.config.max_len} tokens and stay unanswered" if full else ""))
     head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data,
-                prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new, temperature=o.temperature, top_p=o.top_p, seed=o.seed)
-    path, lines = answer_file(o.run, o.out or name + ("" if o.run else f"-{os.path.basename(o.init)}"), head)
+                prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new,
+                temperature=kinds[0] if len(kinds) == 1 else kinds, top_p=o.top_p, seed=o.seed)
+    path, lines = answer_file(o.run, answers_name(o, name), head)
     seen = {(line["row"], line["sample"]) for line in lines}
     todo = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in seen]
 
-    def done(at, ids):
-        row, text = todo[at][0], tok.decode(ids)
-        lines.append(dict(row=row, sample=todo[at][1], answer=text, **judge(row, text)))
-        append(path, lines[-1])
-    write_answers(net, [coded[i] for i, _ in todo], max_new, o.batch_size, tok.eos, name, done, o.temperature, o.top_p, o.seed + len(seen))
+    for temperature in kinds:
+        part = [(i, j) for i, j in todo if temperatures[i] == temperature]
+
+        def done(at, ids):
+            (row, j), text = part[at], tok.decode(ids)
+            lines.append(dict(row=row, sample=j, answer=text, **judge(row, text)))
+            append(path, lines[-1])
+        write_answers(net, [coded[i] for i, _ in part], max_new, o.batch_size, tok.eos, name, done, temperature, o.top_p, o.seed + len(seen))
     return path, sorted(lines, key=lambda line: (line["row"], line["sample"]))
 
 
@@ -872,14 +1052,271 @@ def print_share(what, hits, n, path):
 
 
 def gsm8k(o):
-    """Exact match on GSM8K-like rows: greedy answers, the number after "The answer is: "."""
+    """Exact match on GSM8K-like rows: greedy answers, the number after "The answer is: " rounded; --loose: the whole number, not rounded."""
     rows, template = rows_of(o), template_of(o)
     gold = [extract_answer(answer) for _, _, answer in rows]
     if missing := sum(g is None for g in gold):
         print(f"{o.data}: {missing} of {len(rows)} rows have no gold number and count as wrong")
     judge = lambda i, text: dict(got=extract_answer(text), gold=gold[i])
     path, lines = answer_items(o, "gsm8k", [fill(template, *row[:2]) for row in rows], judge)
-    print_share("exact match", sum(line["got"] is not None and line["got"] == line["gold"] for line in lines), len(lines), path)
+    pairs = [(exact_number(line["answer"]), exact_number(rows[line["row"]][2])) if o.loose else (line["got"], line["gold"]) for line in lines]
+    print_share("equal numbers" if o.loose else "exact match", sum(got is not None and got == gold for got, gold in pairs), len(lines), path)
+
+
+def competition_math(o):
+    """MATH: greedy answers, the text after "The answer is: " against the solution's last box; equal as normalised strings, with --loose as mathematics.
+
+    In all, and by subject and level where the rows have them.
+    """
+    rows, template = rows_of(o), template_of(o)
+    gold = [boxed(solution) for _, _, solution in rows]
+    if missing := sum(g is None for g in gold):
+        print(f"{o.data}: {missing} of {len(rows)} solutions have no \\boxed answer and count as wrong")
+    same = math_equal if o.loose else lambda a, b: None not in (a, b) and normalise(a) == normalise(b)
+    o.max_new = o.max_new or 1024
+    path, lines = answer_items(o, "math", [fill(template, *row[:2]) for row in rows], lambda i, text: dict(got=extract_math(text), gold=gold[i]))
+    right = [same(line["got"], line["gold"]) for line in lines]
+    table = read_table(o.data)
+    for name in ("subject", "type", "level"):
+        groups = {}
+        for value, hit in zip(chosen(o, table[name][:]) if name in table.column_names else (), right):
+            groups.setdefault(str(value), []).append(hit)
+        for value in sorted(groups):
+            print(f"  {name} {value:<26}{100 * statistics.mean(groups[value]):6.2f} % of {len(groups[value])}")
+    print_share("equal as mathematics" if o.loose else "exact match", sum(right), len(right), path)
+
+
+TEMPERATURES = dict(writing=0.7, roleplay=0.7, extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)    # FastChat's, by category
+FASTCHAT = "github.com/lm-sys/FastChat (Apache-2.0) has it in fastchat/llm_judge/data"
+
+
+def questions(o):
+    """MT-Bench's questions -> list of dicts: id, category, turns (two texts), reference (texts, or none). Fields as in FastChat's file or in the hub's set."""
+    out = []
+    for row in chosen(o, list(read_table(o.data))):
+        q = dict(id=row.get("question_id", row.get("prompt_id")), turns=row.get("turns", row.get("prompt")), category=row.get("category"),
+                 reference=row.get("reference") or [])
+        if q["id"] is None or q["category"] not in TEMPERATURES or not isinstance(q["turns"], list) or len(q["turns"]) != 2:
+            raise ValueError(f"{o.data}: expected question_id, a category of {', '.join(TEMPERATURES)}, and two turns in every row, not {str(row)[:120]}; "
+                             f"{FASTCHAT}/mt_bench/question.jsonl")
+        out.append(q)
+    return out
+
+
+def mtbench(o):
+    """Answers to MT-Bench's two-turn questions, each at its category's temperature, in FastChat's model_answer format: for `judge`, or for FastChat's own."""
+    asked, template, opened, name = questions(o), template_of(o), open_model(o), answers_name(o, "mtbench")
+    temperatures = [TEMPERATURES[q["category"]] for q in asked]
+
+    def answers(turn, prompts):
+        return answer_items(dataclasses.replace(o, out=f"{name}-turn{turn}", max_new=o.max_new or 1024), "mtbench", prompts,
+                            lambda i, text: dict(tstamp=time.time()), temperatures=temperatures, opened=opened)
+    prompts = [fill(template, q["turns"][0]) for q in asked]
+    path, first = answers(1, prompts)
+    _, second = answers(2, [next_turn(template, prompt + line["answer"], q["turns"][1]) for prompt, line, q in zip(prompts, first, asked)])
+    path, records = os.path.join(os.path.dirname(path), f"{name}.jsonl"), []
+    for q, a, b in zip(asked, first, second):
+        turns = [a["answer"].strip(), b["answer"].strip()]
+        key = hashlib.sha256(json.dumps([q["id"], opened[0].weights_hash, b["tstamp"], turns]).encode()).hexdigest()[:22]
+        records.append(dict(question_id=q["id"], answer_id=key, model_id=os.path.basename(os.path.normpath(o.run or o.init)),
+                            choices=[dict(index=0, turns=turns)], tstamp=b["tstamp"]))
+    balora.write_atomic(path, lambda f: f.write("".join(json.dumps(record) + "\n" for record in records).encode()))
+    print(f"{len(records)} questions answered -> {path}; `python eval.py judge --answers={path} ...` scores them")
+
+
+def read_lines(option, path, fields, origin):
+    """Records of the .jsonl file that --option names, each with `fields`. Raises ValueError with where such a file comes from."""
+    if not path.endswith(".jsonl") or not os.path.isfile(path):
+        raise ValueError(f"--{option}={path}: expected an existing .jsonl file; {origin}")
+    check_json(path)
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.strip()]
+    if wrong := next((line for line in lines if not set(fields) <= line.keys()), "an empty file" if not lines else None):
+        raise ValueError(f"--{option}={path}: expected lines with {', '.join(fields)}, not {str(wrong)[:120]}; {origin}")
+    return lines
+
+
+def turns_of(record, path):
+    """The two texts of a record in FastChat's model_answer format (its first choice)."""
+    try:
+        turns = [str(text) for text in record["choices"][0]["turns"]]
+    except (LookupError, TypeError):
+        turns = ()
+    if len(turns) != 2:
+        raise ValueError(f"{path}: question {record['question_id']}: expected choices[0].turns to hold two texts, as FastChat writes them")
+    return turns
+
+
+def judge_requests(o, answers):
+    """FastChat's single-answer grading -> a dict for each turn of each answer: the fields of model_judgment that are known beforehand, and `system`."""
+    prompts = read_lines("judge_prompts", o.judge_prompts, ("name", "system_prompt", "prompt_template"), f"{FASTCHAT}/judge_prompts.jsonl")
+    prompts, origin = {p["name"]: p for p in prompts}, f"{FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
+    references = read_lines("references", o.references, ("question_id", "choices"), origin) if o.references else []
+    references, asked, out = {r["question_id"]: turns_of(r, o.references) for r in references}, {q["id"]: q for q in questions(o)}, []
+    for answer in answers:
+        q, key, turns = asked.get(answer["question_id"]), answer["question_id"], turns_of(answer, "the answers")
+        if q is None:
+            raise ValueError(f"question {key} is answered, and it is not in --data={o.data}; give the file that was answered")
+        solved = q["category"] in ("math", "reasoning", "coding")
+        reference = references.get(key) or q["reference"]
+        if solved and len(reference) != 2:
+            raise ValueError(f"question {key} ({q['category']}) is judged beside a reference answer, and there is none; give --references=FILE: {origin}")
+        words = dict(question=q["turns"][0], answer=turns[0])
+        for i, text in enumerate([q["turns"], turns, reference if solved else []]):
+            words |= {f"{('question', 'answer', 'ref_answer')[i]}_{turn}": t for turn, t in enumerate(text, 1)}
+        for turn, suffix in ((1, ""), (2, "-multi-turn")):
+            name = f"single{'-math' if solved else ''}-v1{suffix}"
+            if name not in prompts:
+                raise ValueError(f"--judge_prompts={o.judge_prompts} has no prompt {name}, only {', '.join(prompts)}; {FASTCHAT}/judge_prompts.jsonl")
+            try:
+                text = prompts[name]["prompt_template"].format(**words)
+            except (KeyError, IndexError, ValueError) as e:
+                raise ValueError(f"--judge_prompts={o.judge_prompts}: the template of {name} cannot be filled ({type(e).__name__}: {e}); "
+                                 f"it may name {', '.join(words)}") from None
+            out.append(dict(question_id=key, model=answer["model_id"], judge=[o.judge_model, name], user_prompt=text, turn=turn,
+                            system=prompts[name]["system_prompt"]))
+    return out
+
+
+BACKOFF, LONGEST = 1.0, 60.0          # seconds: before the first retry (twice as long before each one after it), and at most
+
+
+def retry_after(headers):
+    """Seconds that a reply's Retry-After asks for, given in seconds or as a date; 0 where it asks for none."""
+    text = (headers.get("Retry-After") or "").strip()
+    try:
+        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else email.utils.parsedate_to_datetime(text).timestamp() - time.time() if text else 0.0
+    except ValueError:
+        return 0.0
+
+
+def complete(url, body, retries=5, timeout=120.0, stop=None):
+    """One chat completion of an OpenAI-compatible endpoint (key: OPENAI_API_KEY) -> its text.
+
+    Rate limits, server errors, time-outs (seconds of silence), broken connections and replies without the text are tried again, up to `retries` times,
+    unless the event `stop` is set. Raises ConnectionError when they are used up, ValueError at once for a request that the server refuses.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}))
+    for attempt in range(retries + 1):
+        wait = BACKOFF * 2**attempt
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                text = json.loads(reply.read())["choices"][0]["message"]["content"]
+            if isinstance(text, str):
+                return text
+            why = "a reply without text"
+        except urllib.error.HTTPError as e:
+            why, wait = f"{e.code} {e.reason}", max(wait, retry_after(e.headers))
+            if e.code < 500 and e.code not in (408, 409, 429):
+                raise ValueError(f"{url}: {why}: {error_text(e)}; check --judge_url, --judge_model={body['model']}, and the key in OPENAI_API_KEY"
+                                 + ("" if key else " (which is not set)")) from None
+        except (OSError, http.client.HTTPException) as e:                        # no connection, a time-out, a reply that breaks off
+            why = str(getattr(e, "reason", e)) or type(e).__name__
+        except (ValueError, LookupError, TypeError) as e:
+            why = f"a malformed reply ({type(e).__name__})"
+        if attempt == retries or (stop or threading.Event()).wait(min(wait, LONGEST)):
+            break
+    raise ConnectionError(why)
+
+
+def error_text(e):
+    """What an HTTPError's body says, on one line."""
+    try:
+        body = e.read(2000).decode(errors="replace")
+        return " ".join(str(json.loads(body)["error"]["message"]).split())[:200]
+    except (OSError, http.client.HTTPException):
+        return "no more than that"
+    except (ValueError, LookupError, TypeError):
+        return " ".join(body.split())[:200]
+
+
+def ask_judge(o, todo, path, lines):
+    """Have `todo` rated, --parallel requests at a time; each rating is a line of `path` (and of `lines`) as it comes. -> why the ones that failed did.
+
+    Where nothing at all is answered, it stops after twice --parallel failures instead of waiting through every item.
+    """
+    url, stop, lock, failed = o.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", threading.Event(), threading.Lock(), []
+    start = len(lines)
+
+    def one(item):
+        if stop.is_set():
+            return
+        messages = [dict(role="system", content=item["system"]), dict(role="user", content=item["user_prompt"])]
+        try:
+            text = complete(url, dict(model=o.judge_model, messages=messages, temperature=0, max_tokens=2048), o.retries, o.timeout, stop)
+        except ValueError:
+            stop.set()                                                           # what is refused once is not asked 160 times
+            raise
+        known = {k: v for k, v in item.items() if k not in ("system", "turn")}
+        with lock:
+            lines.append(dict(**known, judgment=text, score=rating(text), turn=item["turn"], tstamp=time.time()))
+            append(path, lines[-1])
+    pool = concurrent.futures.ThreadPoolExecutor(o.parallel)
+    try:
+        futures = [pool.submit(one, item) for item in todo]
+        for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), desc="judge", unit="turn", disable=None):
+            try:
+                future.result()
+            except ConnectionError as e:
+                failed.append(str(e))
+                if len(failed) == 2 * o.parallel and len(lines) == start:
+                    break
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)                                       # replies under way are paid for: they are waited for, and written
+    return failed
+
+
+def print_ratings(lines, asked):
+    """Means of the ratings, 1-10: first turn, second turn, all, by category. Turns without a rating (-1) are counted, not averaged."""
+    category = {q["id"]: q["category"] for q in asked}
+    groups = {"first turn": [], "second turn": [], "all turns": []} | {name: [] for name in TEMPERATURES}
+    for line in lines:
+        for name in ("first turn" if line["turn"] == 1 else "second turn", "all turns", category.get(line["question_id"], "not in --data")):
+            groups.setdefault(name, []).extend([line["score"]] if line["score"] != -1 else [])
+    for name, group in groups.items():
+        if group:
+            print(f"  {name:<14}{statistics.mean(group):6.2f}  ({len(group)} ratings)")
+    if unread := sum(line["score"] == -1 for line in lines):
+        print(f"{unread} of {len(lines)} judgments hold no rating [[1]] to [[10]]; they are in the file with score -1 and in no mean")
+
+
+def judge(o):
+    """Rate MT-Bench answers by a judge behind any OpenAI-compatible endpoint, single-answer grading, in FastChat's model_judgment format.
+
+    What is rated already is not asked again; without --judge_url nothing is asked, and the ratings that are there are reported.
+    """
+    path = o.answers or (os.path.join(o.run, "mtbench.jsonl") if o.run else "")
+    answers = read_lines("answers", path, ("question_id", "model_id", "choices"), "`python eval.py mtbench` writes one, give it or its --run")
+    in_range(o, [(lambda v: v >= 1, "parallel"), (lambda v: v >= 0, "retries"), (lambda v: v > 0, "timeout")])
+    if o.judge_url and not re.match(r"https?://[^\s/]", o.judge_url):
+        raise ValueError(f"--judge_url={o.judge_url}: expected the address of an OpenAI-compatible endpoint, like https://api.openai.com/v1")
+    out = o.out or f"{path.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', o.judge_model)}_single.jsonl"
+    if not out.endswith(".jsonl"):
+        raise ValueError(f"--out={out}: expected the name of a .jsonl file for the ratings")
+    try:
+        lines, failed = whole_lines(out, ("question_id", "model", "judge", "user_prompt", "score", "turn")), []
+    except (json.JSONDecodeError, LookupError):
+        raise ValueError(f"--out={out} holds something else than judgments; choose another --out") from None
+    if o.judge_url:
+        key = lambda line: (line["question_id"], line["turn"])
+        items, seen = judge_requests(o, answers), {key(line): line for line in lines}
+        for item in items:
+            if key(item) in seen and any(seen[key(item)][k] != item[k] for k in ("model", "judge", "user_prompt")):
+                raise ValueError(f"{out}: question {item['question_id']} turn {item['turn']} was rated for another answer, prompt or judge; "
+                                 "move it away or choose another --out")
+        todo = [item for item in items if key(item) not in seen]
+        print(f"{path}: {len(items)} turns to rate, {len(items) - len(todo)} of them rated already, by {o.judge_model} at {o.judge_url}")
+        failed = ask_judge(o, todo, out, lines)
+    print_ratings(lines, questions(o))
+    if failed:
+        raise ValueError(f"{2 * len(answers) - len(lines)} of {2 * len(answers)} turns could not be rated (last: {failed[-1]}); "
+                         "the same command asks for those alone")
+    if not o.judge_url:
+        print(f"{len(lines)} of {2 * len(answers)} turns are rated; the answers wait in {path} for --judge_url=URL of an OpenAI-compatible endpoint "
+              "(key: OPENAI_API_KEY)")
+    print(f"{len(lines)} ratings of {2 * len(answers)} -> {out}" if lines else "no rating yet")
 
 
 def loss(o):
@@ -1252,6 +1689,7 @@ def bench_generate(o):
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise ValueError("this benchmark compares with transformers, which is missing: pip install -r tests/requirements.txt") from None
+    max_new = o.max_new or 256
     device, times, counts, answers = pick_device(o.device), {"this project": [], "transformers": []}, {}, {}
     net, tok = model.load(o.init, pick_dtype(o.dtype, device), device)
     with tempfile.TemporaryDirectory() as folder:
@@ -1261,7 +1699,7 @@ def bench_generate(o):
     batches = [[prompts[i] for i in rows] for rows in batches_by_length([(p, ()) for p in prompts], o.batch_size)]
 
     def ours():
-        return [ids for batch in batches for ids in net.generate(batch, o.max_new, eos=tok.eos)]
+        return [ids for batch in batches for ids in net.generate(batch, max_new, eos=tok.eos)]
 
     def other():
         out = []
@@ -1269,7 +1707,7 @@ def bench_generate(o):
             L = max(map(len, batch))
             ids = torch.tensor([[tok.eos] * (L - len(p)) + p for p in batch], device=device)
             mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in batch], device=device)
-            made = theirs.generate(ids, attention_mask=mask, max_new_tokens=o.max_new, do_sample=False, eos_token_id=tok.eos, pad_token_id=tok.eos)[:, L:].tolist()
+            made = theirs.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False, eos_token_id=tok.eos, pad_token_id=tok.eos)[:, L:].tolist()
             out += [row[:row.index(tok.eos)] if tok.eos in row else row for row in made]
         return out
     for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one warms up
@@ -1283,7 +1721,7 @@ def bench_generate(o):
         print(f"{name:<14} {counts[name] / statistics.median(t):.1f} tokens/s: {counts[name]} in {statistics.median(t):.2f} s ({min(t):.2f}-{max(t):.2f} of {len(t)})")
     same = sum(a == b for a, b in zip(*answers.values()))
     ratio = statistics.median((counts["this project"] / a) / (counts["transformers"] / b) for a, b in zip(*times.values()))
-    print(f"{len(prompts)} prompts in batches of {o.batch_size}, at most {o.max_new} new tokens, {str(net.head.dtype)[6:]}, {device_name(device)}: "
+    print(f"{len(prompts)} prompts in batches of {o.batch_size}, at most {max_new} new tokens, {str(net.head.dtype)[6:]}, {device_name(device)}: "
           f"{same} of {len(prompts)} answers the same; ratio of tokens/s {ratio:.2f}")
 
 
@@ -1355,19 +1793,28 @@ class Options:
     run: str = ""                     # run folder of a tuned model
     init: str = ""                    # an untuned model: name, folder or .gguf file
     runs: tuple = ()                  # run folders, each a line or a panel of the figure
-    data: str = "openai/gsm8k:test"   # .json .jsonl .parquet .csv file or hub name[:split]
+    data: str = ""                    # .json .jsonl .parquet .csv file or hub name[:split]; empty: the benchmark's own on the hub (DATA in eval.py)
     prompt_field: str = ""            # name of the instruction's field; empty: the run's, or recognised
     response_field: str = ""          # name of the response's field; empty: the run's, or recognised
     last: int = 0                     # use the last N rows of the data; 0: all
     limit: int = 0                    # then the first N of those; 0: all
     template: str = "alpaca"          # alpaca, plain, or text with {instruction}; a run brings its own
     prompt: str = ""                  # what to answer
-    max_new: int = 0                  # tokens an answer may take; 0: the run's, or 512
+    max_new: int = 0                  # tokens an answer may take; 0: 1024 for math and mtbench, otherwise the run's, or 512
+    loose: bool = False               # gsm8k: compare the whole number, not rounded; math: accept what is equal as mathematics
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
     seed: int = 0                     # of sampling
     batch_size: int = 32              # sequences at a time
-    out: str = ""                     # file or folder to write
+    out: str = ""                     # file or folder to write (gsm8k, math, mtbench: the name of their .jsonl in the run folder)
+    answers: str = ""                 # FastChat's model_answer .jsonl to judge; empty: the run's mtbench.jsonl
+    judge_prompts: str = ""           # FastChat's judge_prompts.jsonl
+    references: str = ""              # FastChat's reference_answer/gpt-4.jsonl, which goes with its own question.jsonl
+    judge_url: str = ""               # OpenAI-compatible endpoint, like https://api.openai.com/v1; empty: ask nobody
+    judge_model: str = "gpt-4"        # the judge's name there
+    retries: int = 5                  # how often a failed request is tried again, >= 0
+    timeout: float = 120.0            # seconds that a request may be silent, > 0
+    parallel: int = 4                 # requests at a time, >= 1
     device: str = "auto"              # auto, cpu, cuda, mps
     dtype: str = "auto"               # auto, float32, bfloat16
     rows: int = 4                     # sequences in a benchmark's step
@@ -1386,7 +1833,10 @@ class Options:
 MODEL = "run init device dtype "
 COMMANDS = {                          # name: (function, the options it reads)
     "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
-    "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out"),
+    "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out loose"),
+    "math": (competition_math, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out loose"),
+    "mtbench": (mtbench, MODEL + "data last limit template max_new batch_size top_p seed out"),
+    "judge": (judge, "run answers data judge_prompts references judge_url judge_model retries timeout parallel out"),
     "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
@@ -1399,6 +1849,8 @@ COMMANDS = {                          # name: (function, the options it reads)
     "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
 }
+DATA = {**dict.fromkeys(("gsm8k", "loss", "bench-generate"), "openai/gsm8k:test"), "math": "DigitalLearningGmbH/MATH-lighteval:test",    # 5000 problems in one configuration
+        "mtbench": "HuggingFaceH4/mt_bench_prompts", "judge": "HuggingFaceH4/mt_bench_prompts"}
 
 
 def open_model(o):
@@ -1415,7 +1867,7 @@ def main(argv):
     Options.__doc__ = function.__doc__
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse(Options, argv[1:cut], only=reads.split(), positional="runs")
-    options.rest = argv[cut + 1:]
+    options.rest, options.data = argv[cut + 1:], options.data or DATA.get(argv[0], "")
     if options.rest and function is not compare:
         raise ValueError(f"{argv[0]}: takes no options of another script after --")
     function(options)
