@@ -33,7 +33,7 @@ import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -844,7 +844,8 @@ def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N
     return sum(weight[name] * value for name, value in terms.items()), {name: value.detach() for name, value in terms.items()}
 
 
-def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, M=None, cr_scale=1.0, share=1.0, R=None, chunk=None, compile=False):
+def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, M=None, cr_scale=1.0, share=1.0, R=None, chunk=None, compile=False,
+             label_smoothing=0.0):
     """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLG").
 
     With E None, H_F and H_P are logits [M, V]: the path to read. With a frozen head E [V, d] they are hidden states [M, d]: logits
@@ -854,7 +855,7 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     y [M]: token ids. H_P: the teacher's, for the first len(H_P) rows (all of them, unless only some sequences were shown to it).
     M: valid positions in the whole optimizer step, default those here; token-wise terms are Σ/M, so micro-batches add up to the
     large batch. cr_scale: sequences in the step / sequences shown to the teacher. share: this micro-batch's part of the average
-    over micro-batches, which SVDR takes. R: head_factor(E). A term whose λ is 0 is not computed.
+    over micro-batches, which SVDR takes. R: head_factor(E). label_smoothing: of the task loss, a control beside CR. A term whose λ is 0 is not computed.
     -> total (scalar, differentiable), terms {"task", "cr", "dr", "svdr"}: raw values that add up over micro-batches.
     """
     l1, l2, l3 = lambdas
@@ -864,7 +865,7 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     scale = {"task": one, "cr": cr_scale * one, "dr": one}                       # Σ over rows -> the term's raw value
     weight = {"task": one, "cr": l1 * scale["cr"], "dr": l2 * one}               # Σ over rows -> its part of L
     H_P = H_P if l1 else H_F[:0]
-    sums = compiled(token_sums) if compile else token_sums
+    sums = partial(compiled(token_sums) if compile else token_sums, smoothing=label_smoothing)
     if E is None:
         values = sums(H_F, y, H_P, E, T, K, bool(l2))
         total = sum(weight[name] * v for name, v in values.items())
@@ -877,10 +878,10 @@ def loss_nlg(H_F, y, E=None, H_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=2
     return total, terms
 
 
-def token_sums(H_F, y, H_P, E, T, K, diversity):
+def token_sums(H_F, y, H_P, E, T, K, diversity, smoothing=0.0):
     """The token-wise terms of some rows, each summed over its rows (the functions above are means). H_P may cover the first rows only."""
     Z_F = logits(H_F, E)
-    sums = {"task": F.cross_entropy(Z_F, y, reduction="sum")}
+    sums = {"task": F.cross_entropy(Z_F, y, reduction="sum", label_smoothing=smoothing)}
     if len(H_P):
         sums["cr"] = len(H_P) * cr_nlg(logits(H_P, E), Z_F[: len(H_P)], T)
     if diversity:

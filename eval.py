@@ -100,6 +100,9 @@ def in_range(settings, rules):
                 raise ValueError(f"--{name}={value} is out of range: {notes(type(settings))[name]}")
 
 
+LAMBDAS = {"nlg": (0.025, 0.005, 0.005), "nlu": (0.15, 0.03, 0.03)}            # the paper's λ1, λ2, λ3
+
+
 def check_method(s, paper_lambdas):
     """What both scripts check of --method and its options; fills in λ1, λ2, λ3: the paper's where they belong to the method, 0 elsewhere."""
     if s.method not in balora.METHODS:
@@ -400,18 +403,18 @@ def adapter_memory(net, settings, width):
     return fixed, max(max(sizes), min(sum(sizes), balora.GROUP))
 
 
-def log_step(out, step, terms, lambdas, norm, lr, tokens_per_s, device):
+def log_step(out, step, terms, lambdas, norm, lr, tokens, seconds, device):
     """Append a step's record to log.jsonl: raw and weighted terms, weights, gradient norm, learning rate, speed, peak memory. -> the record."""
     terms = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in terms.items()}
     names = ("cr", "dr", "svdr")
     weighted = {f"{name}_weighted": None if terms[name] is None else w * terms[name] for name, w in zip(names, lambdas)}
     record = dict(step=step, **terms, **weighted, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)), grad_norm=norm, lr=lr,
-                  tokens_per_s=tokens_per_s, peak_GiB=peak_memory(device))
+                  seconds=seconds, tokens_per_s=tokens / seconds, peak_GiB=peak_memory(device))
     append(os.path.join(out, "log.jsonl"), record)
     return record
 
 
-def progress_line(record, max_iters, seconds):
+def progress_line(record, max_iters):
     """One line: step, each term raw (and weighted), gradient norm, learning rate, speed, what is left."""
     terms = [f"task {record['task']:.4f}"]
     for name in ("cr", "dr", "svdr"):
@@ -419,7 +422,7 @@ def progress_line(record, max_iters, seconds):
             terms.append(f"{name} {record[name]:.4f} ({record[f'{name}_weighted']:.5f})")
     if "orth" in record:
         terms.append(f"orth {record['orth']:.3f} | budget {record['budget']} (kept {record['kept']})")
-    left = (max_iters - record["step"]) * seconds
+    left = (max_iters - record["step"]) * record["seconds"]
     return f"step {record['step']:>5}/{max_iters} | " + " | ".join(terms) + (
         f" | grad {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB | ETA {left / 60:.0f} min")
 
@@ -913,10 +916,63 @@ def plot_curves(runs, path):
             ax.plot(steps, smooth([r[name] for r in log], weight), color=colour, lw=1.6, label=os.path.basename(os.path.normpath(run)))
     for ax, label in zip(axes, ("task loss", "gradient norm")):
         ax.set(xlabel="optimizer step", ylabel=label)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+    finish_axes(axes)
     axes[0].legend(frameon=False)
     save_figure(fig, path)
+
+
+def plot_gains(gains, name, path):
+    """{variant: differences to PiSSA, one a seed}: a row a variant, a dot a seed, a bar at their mean."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5.6, 0.8 + 0.32 * len(gains)), layout="constrained")
+    for row, values in enumerate(gains.values()):
+        ax.plot(values, [row] * len(values), "o", color=COLOURS[0], ms=4, alpha=0.6, mew=0)
+        ax.plot([statistics.mean(values)] * 2 if values else [], [row - 0.3, row + 0.3] if values else [], color=COLOURS[1], lw=2)
+    ax.axvline(0, color="0.6", lw=0.8, ls="--")
+    ax.set(yticks=range(len(gains)), yticklabels=list(gains), ylim=(len(gains) - 0.5, -0.5), xlabel=f"{name}, difference to PiSSA with the same seed")
+    finish_axes([ax])
+    save_figure(fig, path)
+
+
+def plot_noise(gains, name, path):
+    """{other method: {level: gains of BA-LoRA over it}}: a dot a seed, a line through the means."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for (other, by_level), colour, marker in zip(gains.items(), COLOURS, "os"):
+        x = [float(level) for level in by_level]
+        for at, values in zip(x, by_level.values()):
+            ax.plot([at] * len(values), values, marker, color=colour, ms=4, alpha=0.4, mew=0)
+        ax.plot(x, [statistics.mean(v) if v else math.nan for v in by_level.values()], marker + "-", color=colour, label=f"BA-LoRA - {other}")
+    ax.axhline(0, color="0.6", lw=0.8, ls="--")
+    ax.set(xlabel="share of wrong facts in pre-training", ylabel=f"gain, {name}")
+    ax.legend(frameon=False)
+    finish_axes([ax])
+    save_figure(fig, path)
+
+
+def plot_sensitivity(curves, name, path):
+    """{knob: {value: metric of each seed}}: a panel a knob, its value on a logarithmic axis, mean and standard deviation."""
+    plt = pyplot()
+    columns = 4
+    fig, axes = plt.subplots(-(-len(curves) // columns), columns, figsize=(10, 2.6 * -(-len(curves) // columns)), layout="constrained", sharey=True, squeeze=False)
+    for ax in axes.flat[len(curves):]:
+        ax.axis("off")
+    for (knob, points), ax in zip(curves.items(), axes.flat):
+        x, values = list(points), list(points.values())
+        means, bars = [statistics.mean(v) if v else math.nan for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        ax.errorbar(x, means, bars, fmt="o-", color=COLOURS[0], capsize=3, lw=1.4, ms=4)
+        ax.set(xscale="log", xlabel={f"lambda{i}": f"λ{i}" for i in (1, 2, 3)}.get(knob, knob), xticks=x, xticklabels=[f"{v:g}" for v in x])
+        ax.minorticks_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel(name)
+    finish_axes(axes.flat[:len(curves)])
+    save_figure(fig, path)
+
+
+def finish_axes(axes):
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 def read_features(run):
@@ -1402,48 +1458,77 @@ def compare(o):
     Every learning rate with the first seed, then the best one with the others, since one rate for all misleads; a method may have rates of its own
     (--sweep_lr="3e-4,1e-3 full=1e-5,3e-5"). What is finished is not run again.
     """
-    if len(o.runs) != 1 or o.runs[0] not in ("nlg", "nlu"):
-        raise ValueError(f"compare {' '.join(o.runs)}: expected nlg or nlu, options, then -- and the script's own options")
-    listed = lambda words: list(dict.fromkeys(word for word in words.split(",") if word))
-    kind, seeds, rates = o.runs[0], listed(o.seeds), {}
+    kind, seeds, root = comparison(o)
+    methods, rates = able_methods(o, kind), {}
     for part in o.sweep_lr.split():
         method, mark, values = part.rpartition("=")
         rates[method if mark else "any"] = listed(values)
+    unknown = [m for m in rates if m not in (*balora.METHODS, "any")]
+    without = [m for m in methods if not rates.get(m, rates.get("any"))]
+    if unknown or without:
+        raise ValueError(f"--sweep_lr={o.sweep_lr}: " + (f"no method {unknown[0]}; {balora.nearest(unknown[0], balora.METHODS)}" if unknown else f"no rate for {', '.join(without)}"))
+    options = lambda method, lr, seed: [f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}"]
+    cells = lambda triples: run_cells(o, kind, root, {f"{'-'.join(t)}": options(*t) for t in triples})
+    first, best, table = cells((m, lr, seeds[0]) for m in methods for lr in rates.get(m, rates.get("any"))), {}, {}
+    if not any(first.values()):
+        raise ValueError("compare: no run ended well; their last lines stand above")
+    name = metric_of(o, kind, first)
+    sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
+    sweep = {m: {lr: run for lr in rates.get(m, rates.get("any")) if (run := first[f"{m}-{lr}-{seeds[0]}"])} for m in methods}
+    best = {m: max(runs, key=lambda lr: (sign * runs[lr][name], -runs[lr]["loss"])) for m, runs in sweep.items() if runs}
+    others = cells((m, lr, seed) for m, lr in best.items() for seed in seeds[1:])
+    for m, lr in best.items():
+        runs = [sweep[m][lr], *(run for seed in seeds[1:] if (run := others[f"{m}-{lr}-{seed}"]))]
+        table[m] = dict(lr=lr, runs=runs, sweep={lr: run[name] for lr, run in sweep[m].items()}, name=name)
+    print_comparison(table, seeds, root)
+
+
+def listed(words):
+    return list(dict.fromkeys(word for word in words.split(",") if word))
+
+
+def comparison(o, only=("nlg", "nlu")):
+    """-> nlg or nlu, seeds, the folder of all cells, as a command of this section was asked."""
+    if len(o.runs) != 1 or o.runs[0] not in only:
+        raise ValueError(f"expected {' or '.join(only)} behind the command, not {' '.join(o.runs) or 'nothing'}; then options, then -- and the script's own")
+    in_range(o, [(lambda v: v >= 1, "jobs")])
+    seeds = listed(o.seeds)
+    if not seeds or not all(seed.isdigit() for seed in seeds):
+        raise ValueError(f"--seeds={o.seeds}: expected at least one, like 0,1,2")
+    return o.runs[0], seeds, o.out or os.path.join("out", f"{o.command}-{o.runs[0]}-" + hashlib.sha256(json.dumps(o.rest).encode()).hexdigest()[:8])
+
+
+def able_methods(o, kind):
     able = [m for m in balora.METHODS if kind == "nlu" or m not in balora.ENCODERS_ONLY]
     methods = able if o.methods == "all" else listed(o.methods)
-    unknown = [m for m in (*methods, *rates) if m not in (*able, "any")]
-    if unknown:
-        raise ValueError(f"compare: no method {', '.join(unknown)}; {balora.nearest(unknown[0], able)}known for {kind}: {', '.join(able)}")
-    without = [m for m in methods if not rates.get(m, rates.get("any"))]
-    if without or not (methods and seeds):
-        lack = f" (no rate for {', '.join(without)})" if without else ""
-        raise ValueError(f"compare: --methods={o.methods} --seeds={o.seeds} --sweep_lr={o.sweep_lr}: at least one method, seed and rate are needed{lack}")
-    root = o.out or os.path.join("out", f"compare-{kind}-" + hashlib.sha256(json.dumps(o.rest).encode()).hexdigest()[:8])
-    table = {}
-    for method in methods:
-        sweep = {lr: run for lr in rates.get(method, rates.get("any")) if (run := cell(kind, root, method, lr, seeds[0], o.rest))}
-        if sweep:
-            name = o.metric or ("loss" if kind == "nlg" else next(iter(sweep.values()))["metric"])
-            measured = [key for key, value in next(iter(sweep.values())).items() if isinstance(value, float)]
-            if name not in measured:
-                raise ValueError(f"--metric={name}: {balora.nearest(name, measured)}measured were {', '.join(measured)}")
-            sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
-            best = max(sweep, key=lambda lr: (sign * sweep[lr][name], -sweep[lr]["loss"]))
-            runs = [sweep[best]] + [run for seed in seeds[1:] if (run := cell(kind, root, method, best, seed, o.rest))]
-            table[method] = dict(lr=best, runs=runs, sweep={lr: run[name] for lr, run in sweep.items()}, name=name)
-    if not table:
-        raise ValueError("compare: no run ended well; their last lines stand above")
-    print_comparison(table, seeds, root)
+    unknown = [m for m in methods if m not in able]
+    if unknown or not methods:
+        raise ValueError(f"--methods={o.methods}: " + (balora.nearest(unknown[0], able) if unknown else "") + f"known for {kind}: {', '.join(able)}")
+    return methods
 
 
 LOWER_IS_BETTER = ("loss", "drift", "passage_ppl")
 
 
-def cell(kind, root, method, lr, seed, rest):
-    """Run one cell unless it is finished. -> what its folder says: the last evaluation, trainable parameters, median tokens/s, peak memory; None where it failed."""
-    out = os.path.join(root, f"{method}-{lr}-{seed}")
+def metric_of(o, kind, runs):
+    """What a comparison is about: --metric, or the task's own (nlu), or the held-out loss (nlg)."""
+    run = next(run for run in runs.values() if run)
+    name, measured = o.metric or ("loss" if kind == "nlg" else run["metric"]), [key for key, value in run.items() if isinstance(value, float)]
+    if name not in measured:
+        raise ValueError(f"--metric={name}: {balora.nearest(name, measured)}measured were {', '.join(measured)}")
+    return name
+
+
+def run_cells(o, kind, root, cells):
+    """{name: options of train_KIND.py} -> {name: what the run's folder says, or None where it failed}; --jobs at a time."""
+    with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
+        return dict(zip(cells, pool.map(lambda name: cell(kind, os.path.join(root, name), [*o.rest, *cells[name]]), cells)))
+
+
+def cell(kind, out, options):
+    """Run one cell unless it is finished. -> its last evaluation, settings, trainable parameters, metric, median tokens/s, seconds of all steps, peak memory; None where it failed."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{kind}.py")
-    options = [*rest, *["--against="] * (kind == "nlu"), f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}", f"--out_dir={out}"]
+    options = [*options, *["--against="] * (kind == "nlu"), f"--out_dir={out}"]
     line, log = shlex.join(["python", os.path.basename(script), *options]), out + ".txt"
     if os.path.exists(os.path.join(out, "loss.png")):                            # what a run writes last
         there = open(log, encoding="utf-8", errors="replace").readline().rstrip() if os.path.exists(log) else f"without {log}"
@@ -1451,19 +1536,20 @@ def cell(kind, root, method, lr, seed, rest):
             raise ValueError(f"{out} is a finished run of other options ({there}); choose another --out")
     else:
         print(line, flush=True)
-        os.makedirs(root, exist_ok=True)
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         start = time.time()
         with open(log, "w") as f:
             print(line, file=f, flush=True)
             code = subprocess.run([sys.executable, script, *options, "--resume"], stdout=f, stderr=subprocess.STDOUT).returncode
         if code:
             last = open(log, encoding="utf-8", errors="replace").read().strip().splitlines()[-1]
-            print(f"  failed after {time.time() - start:.0f} s (exit code {code}): {last}", flush=True)
+            print(f"  {out} failed after {time.time() - start:.0f} s (exit code {code}): {last}", flush=True)
             return None
-        print(f"  {time.time() - start:.0f} s", flush=True)
+        print(f"  {out} {time.time() - start:.0f} s", flush=True)
     record, steps = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
-    return read_json(os.path.join(out, "eval.json"))[-1] | dict(trainable=record["trainable"], metric=record.get("metric", "loss"),
-                                                               speed=statistics.median(r["tokens_per_s"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
+    return read_json(os.path.join(out, "eval.json"))[-1] | dict(
+        settings=record["settings"], trainable=record["trainable"], metric=record.get("metric", "loss"), speed=statistics.median(r["tokens_per_s"] for r in steps),
+        seconds=sum(r["seconds"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
 
 
 def print_comparison(table, seeds, root):
@@ -1471,16 +1557,154 @@ def print_comparison(table, seeds, root):
     anchor = table.get("lora") or next(iter(table.values()))
     speed, peak = (lambda row: statistics.median(run["speed"] for run in row["runs"])), (lambda row: max(run["peak"] for run in row["runs"]))
     fewer = lambda values: f" (n = {len(values)})" if len(values) < len(seeds) else ""
-    deviation = lambda values: f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    spread = lambda values: f"{statistics.mean(values):.4f}{deviation(values)}{fewer(values)}" if None not in values else "none"
     header = ("method", "trainable", "lr", anchor["name"], "drift", "time", "memory", f"sweep (seed {seeds[0]})")
-    rows = [(method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread([run[row["name"]] for run in row["runs"]]), spread([run.get("drift") for run in row["runs"]]),
-             f"{speed(anchor) / speed(row):.2f}", f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items()))
-            for method, row in table.items()]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, *rows))
-    print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}\n{text}")
-    balora.write_atomic(os.path.join(root, "table.txt"), lambda f: f.write(text.encode()))
+    rows = []
+    for method, row in table.items():
+        values, drift = ([run.get(name) for run in row["runs"]] for name in (row["name"], "drift"))
+        rows.append((method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread(values) + fewer(values), spread(drift), f"{speed(anchor) / speed(row):.2f}",
+                     f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items())))
+    print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}")
+    print_columns((header, *rows), os.path.join(root, "table.txt"))
+
+
+def spread(values, digits=4):
+    """Mean ± standard deviation, as far as there are values."""
+    if not values or None in values:
+        return "none"
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def print_columns(rows, path):
+    """Rows of words, aligned, to the terminal and a file."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    text = "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
+    print(text)
+    balora.write_atomic(path, lambda f: f.write((text + "\n").encode()))
+
+
+# Presets of it: the poster's ablation, its noise table, its efficiency table, and how much each knob matters
+
+def run_variants(o, kind, root, seeds, variants):
+    """{name: options} with every seed -> {name: {seed: run}} of what ended well, the metric. Raises ValueError where nothing did."""
+    found = run_cells(o, kind, root, {f"{name}-{seed}": [*options, f"--seed={seed}"] for name, options in variants.items() for seed in seeds})
+    if not any(found.values()):
+        raise ValueError(f"{o.command}: no run ended well; their last lines stand above")
+    return {name: {seed: run for seed in seeds if (run := found[f"{name}-{seed}"])} for name in variants}, metric_of(o, kind, found)
+
+
+def paired(runs, base, name):
+    """Differences of a metric to `base` with the same seed."""
+    return [runs[seed][name] - base[seed][name] for seed in runs if seed in base]
+
+
+def with_terms(kind, *terms):
+    """Options that switch the named regularizers on, at the paper's weights."""
+    return [f"--lambda{i}={weight}" for i, (term, weight) in enumerate(zip(("cr", "dr", "svdr"), LAMBDAS[kind]), 1) if term in terms]
+
+
+def ablation(o):
+    """PiSSA, + each regularizer, BA-LoRA; and controls: label smoothing, weight decay, dropout in place of the terms, the terms on LoRA's start. `ablation nlg|nlu --seeds=0,1,2 -- OPTIONS`.
+
+    Label smoothing has the mean weight of L_CR's schedule, as a share of the task loss: λ̄/(1 + λ̄), λ̄ = 0.55 λ1.
+    """
+    kind, seeds, root = comparison(o)
+    weight = 0.55 * LAMBDAS[kind][0]
+    pissa, lora = ["--method=pissa"], ["--method=lora"]
+    variants = {"pissa": pissa} | {f"pissa+{term}": pissa + with_terms(kind, term) for term in ("cr", "dr", "svdr")} | {
+        "balora": ["--method=balora"], "pissa+smoothing": [*pissa, f"--label_smoothing={weight / (1 + weight):.4f}"], "pissa+decay": [*pissa, "--weight_decay=0.3"],
+        "pissa+dropout": [*pissa, "--dropout=0.1"], "lora": lora, "lora+terms": lora + with_terms(kind, "cr", "dr", "svdr")}
+    found, name = run_variants(o, kind, root, seeds, variants)
+    rows, gains = [("", name, "against PiSSA, paired", "seeds above", "drift", "against PiSSA, paired")], {}
+    for variant, runs in found.items():
+        drift = [run.get("drift") for run in runs.values()]
+        row = [variant, spread([run[name] for run in runs.values()]), "", "", spread(drift), ""]
+        if variant != "pissa":
+            gains[variant] = paired(runs, found["pissa"], name)
+            row[2:4] = spread(gains[variant]), f"{sum(g > 0 for g in gains[variant])} of {len(gains[variant])}"
+            row[5] = spread(paired(runs, found["pissa"], "drift")) if None not in drift else ""
+        rows.append(row)
+    print(f"\nseeds {', '.join(seeds)}; {rows[0][1]}: {'lower' if name.startswith(LOWER_IS_BETTER) else 'higher'} is better")
+    print_columns(rows, os.path.join(root, "table.txt"))
+    plot_gains(gains, name, os.path.join(root, "ablation.png"))
+
+
+def noise(o):
+    """The gain of BA-LoRA against inherited noise, everything else equal: tiny pre-trained at each level of --levels. `noise nlg|nlu --seeds=0,1,2,3,4 -- OPTIONS`.
+
+    --inits=roberta-base,t5-base compares models in place of levels, as the poster does (which confounds noise with architecture). The slope of the gain
+    against the level is least squares over all pairs, with a 95 % interval.
+    """
+    kind, seeds, root = comparison(o)
+    levels, methods = listed(o.inits or o.levels), ("lora", "pissa", "balora")
+    option = "init" if o.inits else "pretrain_noise"
+    found, name = run_variants(o, kind, root, seeds, {f"{m}-{level}": [f"--method={m}", f"--{option}={level}"] for level in levels for m in methods})
+    rows, gains = [("", *(f"{option} {level}" for level in levels), *(f"drift at {level}" for level in levels))], {}
+    for m in methods:
+        values = lambda key: [spread([run.get(key) for run in found[f"{m}-{level}"].values()]) for level in levels]
+        rows.append((m, *values(name), *values("drift")))
+    for other in ("pissa", "lora"):
+        gains[other] = {level: paired(found[f"balora-{level}"], found[f"{other}-{level}"], name) for level in levels}
+        rows.append((f"balora - {other}, paired", *(spread(values) for values in gains[other].values()), *[""] * len(levels)))
+    print(f"\nseeds {', '.join(seeds)}; {name}")
+    print_columns(rows, os.path.join(root, "table.txt"))
+    if not o.inits:
+        for other, by_level in gains.items():
+            print(f"gain over {other}: {slope(by_level, name)}")
+        plot_noise(gains, name, os.path.join(root, "noise.png"))
+
+
+def slope(by_level, name):
+    """{level: gains} -> words: the least-squares slope of gain against level with its 95 % interval."""
+    from scipy import stats
+    points = [(float(level), gain) for level, gains in by_level.items() for gain in gains]
+    if len(points) < 3 or len(by_level) < 2:
+        return "too few runs for a slope"
+    fit = stats.linregress(*zip(*points))
+    half = stats.t.ppf(0.975, len(points) - 2) * fit.stderr
+    return f"slope {fit.slope:+.3f} {name} a unit of noise, 95 % interval {fit.slope - half:+.3f} to {fit.slope + half:+.3f} ({len(points)} pairs)"
+
+
+FACTORS = dict(lambda1=5, lambda2=5, lambda3=5, T=2, K=4, k=5, r=2)              # a knob is divided and multiplied by its factor
+
+
+def sensitivity(o):
+    """BA-LoRA's knobs one at a time, each at its default divided and multiplied by its factor (FACTORS). `sensitivity nlg|nlu --seeds=0,1,2 -- OPTIONS`."""
+    kind, seeds, root = comparison(o)
+    found, name = run_variants(o, kind, root, seeds, {"balora": ["--method=balora"]})
+    settings, values, variants = next(iter(found["balora"].values()))["settings"], {}, {}
+    for knob, factor in FACTORS.items():
+        if knob in settings:
+            middle = settings[knob]
+            scaled = (middle / factor, middle * factor)
+            values[knob] = [max(1, round(v)) for v in scaled] if isinstance(middle, int) else [float(f"{v:.4g}") for v in scaled]
+            variants |= {f"{knob}={v}": ["--method=balora", f"--{knob}={v}", *[f"--alpha={v * settings['alpha'] / settings['r']:g}"] * (knob == "r")] for v in values[knob]}
+    more, _ = run_variants(o, kind, root, seeds, variants)
+    rows, curves = [("", name, "against the default, paired", "drift")], {}
+    for variant, runs in (found | more).items():
+        rows.append((variant, spread([run[name] for run in runs.values()]), spread(paired(runs, found["balora"], name)) if variant != "balora" else "",
+                     spread([run.get("drift") for run in runs.values()])))
+    for knob, (low, high) in values.items():
+        points = {low: more[f"{knob}={low}"], settings[knob]: found["balora"], high: more[f"{knob}={high}"]}
+        curves[knob] = {x: [run[name] for run in runs.values()] for x, runs in points.items()}
+    print(f"\nseeds {', '.join(seeds)}; the default has {', '.join(f'{knob} {settings[knob]:g}' for knob in values)}")
+    print_columns(rows, os.path.join(root, "table.txt"))
+    plot_sensitivity(curves, name, os.path.join(root, "sensitivity.png"))
+
+
+def efficiency(o):
+    """The poster's efficiency table: peak memory, time of all steps, metric of --methods, as figures and as ratios to LoRA. `efficiency nlg --methods=full,lora,pissa,balora -- OPTIONS`."""
+    kind, seeds, root = comparison(o)
+    methods = ("full", "lora", "pissa", "balora") if o.methods == "all" else able_methods(o, kind)
+    found, name = run_variants(o, kind, root, seeds, {m: [f"--method={m}"] for m in methods})
+    ended = {m: list(runs.values()) for m, runs in found.items() if runs}
+    anchor = ended.get("lora") or next(iter(ended.values()))
+    peak, seconds = (lambda runs: max(run["peak"] for run in runs)), (lambda runs: statistics.median(run["seconds"] for run in runs))
+    rows = [("", "peak GiB", "ratio", "training, min", "ratio", name)]
+    rows += [(m, f"{peak(runs):.2f}", f"{peak(runs) / peak(anchor):.2f}", f"{seconds(runs) / 60:.1f}", f"{seconds(runs) / seconds(anchor):.2f}", spread([run[name] for run in runs]))
+             for m, runs in ended.items()]
+    print(f"\nseeds {', '.join(seeds)}; ratios to {'lora' if 'lora' in ended else next(iter(ended))}; {device_name(pick_device('auto'))}"
+          + (f"; {o.jobs} runs at a time, so times mean little" if o.jobs > 1 else ""))
+    print_columns(rows, os.path.join(root, "table.txt"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1778,9 +2002,8 @@ def plot_precision(rows, path):
         ax.loglog([r[0] for r in rows], [100 * r[column] for r in rows], "o-", color=colour, label=label)
     ax.axhline(100, color="0.6", lw=0.8, ls="--")
     ax.set(xlabel="optimizer step (AdamW, lr 2e-5)", ylabel="error of the update's output (%)", ylim=(0.1, 2000))
-    ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    finish_axes([ax])
     save_figure(fig, path)
 
 
@@ -1827,7 +2050,11 @@ class Options:
     sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from, of all methods or NAME=RATES
     seeds: str = "0,1,2"              # comma-separated seeds
     metric: str = ""                  # what chooses the rate: a name in eval.json, higher is better; empty: the held-out loss (nlg), the task's own (nlu)
+    jobs: int = 1                     # runs at a time, >= 1 (with OMP_NUM_THREADS=1 a run a core; times then mean little)
+    levels: str = "0,0.2,0.4"         # comma-separated shares of wrong facts in the tiny model's pre-training
+    inits: str = ""                   # comma-separated models to compare in place of levels
     rest: tuple = ()                  # after --: options of the training script
+    command: str = ""                 # the command itself
 
 
 MODEL = "run init device dtype "
@@ -1841,7 +2068,11 @@ COMMANDS = {                          # name: (function, the options it reads)
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
     "features": (features, "runs out"),
-    "compare": (compare, "runs methods sweep_lr seeds metric out"),
+    "compare": (compare, "runs methods sweep_lr seeds metric out jobs"),
+    "ablation": (ablation, "runs seeds metric out jobs"),
+    "noise": (noise, "runs seeds metric out jobs levels inits"),
+    "sensitivity": (sensitivity, "runs seeds metric out jobs"),
+    "efficiency": (efficiency, "runs methods seeds metric out jobs"),
     "bench": (bench, "init rows length steps r only device compile"),
     "bench-encoder": (bench_encoder, "rows length steps device dtype"),
     "bench-init": (bench_init, "init steps r"),
@@ -1867,8 +2098,8 @@ def main(argv):
     Options.__doc__ = function.__doc__
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse(Options, argv[1:cut], only=reads.split(), positional="runs")
-    options.rest, options.data = argv[cut + 1:], options.data or DATA.get(argv[0], "")
-    if options.rest and function is not compare:
+    options.command, options.rest, options.data = argv[0], argv[cut + 1:], options.data or DATA.get(argv[0], "")
+    if options.rest and "jobs" not in reads:
         raise ValueError(f"{argv[0]}: takes no options of another script after --")
     function(options)
 

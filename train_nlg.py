@@ -71,6 +71,8 @@ class Settings:
     K: int = 20                       # top-K tokens of L_DR, at least 1
     k: int = 10                       # leading singular values of L_SVDR, at least 1
     schedule: bool = True             # the paper's schedules of the three weights; false: constant
+    label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
+    dropout: float = 0.0              # of what attention and MLP add, while training; another control, LLaMA has none: in [0, 1)
     consistency_rate: float = 1.0     # share of each step's sequences that the teacher reads, in (0, 1]
     # optimization
     learning_rate: float = 2e-4       # peak, reached after warm-up, then cosine to 0
@@ -105,12 +107,11 @@ PRESETS = {
     "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100512]", r=128, alpha=128, learning_rate=2e-5, batch_size=128, micro_batch=8, dtype="bfloat16",
                       checkpointing=True, niter=16, eval_rows=512, eval_interval=100, log_interval=1),
 }
-PAPER_LAMBDAS = (0.025, 0.005, 0.005)
 
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    eval.check_method(s, PAPER_LAMBDAS)
+    eval.check_method(s, eval.LAMBDAS["nlg"])
     if s.method in balora.ENCODERS_ONLY:
         raise ValueError(f"--method={s.method} is for encoders with biases and post-norm blocks (train_nlu.py); a decoder of the LLaMA family has neither")
     if s.calibration_data and balora.METHODS[s.method].needs is not balora.covariances:
@@ -122,7 +123,7 @@ def check(s):
                            "adalora_first adalora_last adalora_every"),
         (lambda v: v > 0, "alpha T epochs gamma"),
         (lambda v: v >= 0, "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_iters eval_generate save_interval orthogonality"),
-        (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup")))
+        (lambda v: 0 < v <= 1, "consistency_rate"), (lambda v: 0 <= v <= 1, "pretrain_noise warmup"), (lambda v: 0 <= v < 1, "label_smoothing dropout")))
     if not (s.data or s.dry_run) and s.init != "tiny":
         raise ValueError(f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)")
 
@@ -290,6 +291,9 @@ def main(argv):
     E = None if full else net.head                                               # a head that trains takes the readable path
     R = None if full else balora.head_factor(E)
     net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
+    torch.manual_seed(s.seed)                                                    # dropout's
+    for layer in net.layers:
+        layer.attn_drop.p = layer.mlp_drop.p = s.dropout
     if s.compile:
         net.compile_blocks()
     net.train()
@@ -345,7 +349,8 @@ def main(argv):
                 raise ValueError(eval.diverged(step, lr, s))
             if m and not c:
                 H_P = H_F.detach()[:0]                                           # the teacher reads other micro-batches of this step
-            total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile)
+            total, values = balora.loss_nlg(H_F, y, E, H_P, lambdas, s.T, s.K, s.k, M, cr_scale=n / max(m, 1), share=1 / len(micro), R=R, compile=s.compile,
+                                            label_smoothing=s.label_smoothing)
             total.backward()
             for name, value in values.items():
                 terms[name] = value.item() + (terms[name] or 0.0)
@@ -367,9 +372,9 @@ def main(argv):
         # record
         seconds, clock = time.time() - clock, time.time()
         tokens = sum(len(p) + len(a) for p, a in (train[i] for i in rows))
-        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, tokens / seconds, device)
+        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, tokens, seconds, device)
         if step % s.log_interval == 0 or step == max_iters:
-            print(eval.progress_line(record, max_iters, seconds), flush=True)
+            print(eval.progress_line(record, max_iters), flush=True)
         if step % s.eval_interval == 0 or step == max_iters:
             evaluate()
         if step % s.eval_interval == 0 or step == max_iters or (s.save_interval and step % s.save_interval == 0):

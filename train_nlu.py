@@ -122,12 +122,11 @@ ADALORA = {                           # the same source: alpha, weight of orthog
     "world": (8, 0.1, None),
 }
 SCALE = {"bert": 0.5, "roberta": 0.5, "t5": 0.5}                                 # of those, for families that the scripts do not cover
-PAPER_LAMBDAS = (0.15, 0.03, 0.03)
 
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    eval.check_method(s, PAPER_LAMBDAS)
+    eval.check_method(s, eval.LAMBDAS["nlu"])
     if s.task not in TASKS:
         raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
     if (s.task == "world") != (s.init == "tiny"):
@@ -820,9 +819,9 @@ def train(s):
 
         # record
         seconds, clock = time.time() - clock, time.time()
-        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, sum(lengths[i] for i in rows) / seconds, device)
+        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, sum(lengths[i] for i in rows), seconds, device)
         if step % s.log_interval == 0 or step == max_iters:
-            print(eval.progress_line(record, max_iters, seconds), flush=True)
+            print(eval.progress_line(record, max_iters), flush=True)
         if step % eval_interval == 0 or step == max_iters:
             evaluate()
         if step % eval_interval == 0 or step == max_iters or (s.save_interval and step % s.save_interval == 0):

@@ -87,7 +87,7 @@ def shared():
 
 def log(out):
     """The log without what depends on the machine's mood."""
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "peak_GiB")} for line in open(f"{out}/log.jsonl")]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s", "peak_GiB")} for line in open(f"{out}/log.jsonl")]
 
 
 def same_run(a, b):

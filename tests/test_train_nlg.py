@@ -371,7 +371,7 @@ def test_compare_runs_each_cell_once_and_takes_each_methods_best_rate(base, monk
     eval.main([*argv[:2], "--methods=lora,pissa", "--sweep_lr=1e-2 pissa=1e-5", "--seeds=0", *argv[5:]])              # rates of its own
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith(("lora ", "pissa "))] == ["1e-2", "1e-5"]
     for bad, words in ((["--methods=lorra"], "did you mean lora"), (["--methods=lora", "--sweep_lr=pisssa=1e-4"], "did you mean pissa"), (["--methods=lora", "--sweep_lr=pissa=1"], "no rate for lora"),
-                       (["--seeds=,"], "at least one method, seed and rate")):
+                       (["--seeds=,"], "expected at least one, like 0,1,2")):
         with pytest.raises(ValueError, match=words):
             eval.main(["compare", "nlg", *bad])
     with pytest.raises(ValueError, match="expected nlg or nlu"):
