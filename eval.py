@@ -802,7 +802,7 @@ while [ "$1" != -- ]; do
     if [ -c "$1" ]; then mount --bind "$1" "/sys$1"; else mount -o bind,ro,nosuid,nodev "$1" "/sys$1"; fi
     shift
 done
-shift; mount -o remount,ro /sys
+shift; mount -o remount,bind,ro /sys; umask 022
 "$@" || exit $?
 """
 
@@ -815,7 +815,8 @@ def sandboxes():
     gone) ends them all. Root first becomes nobody (65534), as the kernel counts no processes of the real root. In its own user namespace, which maps no id,
     the program has no rights and can make no further namespace.
     """
-    prefixes = [f(p) for p in (sys.prefix, sys.base_prefix) for f in (str, os.path.realpath)]
+    inside = lambda p: [p] if os.stat(p).st_mode & 5 == 5 else [os.path.join(p, name) for name in os.listdir(p)]     # where nobody may not enter p
+    prefixes = [part for p in (sys.prefix, sys.base_prefix) for real in (p, os.path.realpath(p)) for part in inside(real)]
     paths, root = [p for p in dict.fromkeys([*READABLE, *prefixes]) if os.path.exists(p)], os.geteuid() == 0
     folders = dict.fromkeys(p[:i] for p in (*paths, *DEVICES) for i in range(1, len(p)) if p[i] == "/" and p[:i] != "/tmp")
     alone = ["setpriv", "--no-new-privs", *(["--reuid=65534", "--regid=65534", "--clear-groups"] if root else []), "unshare", "--user"]
@@ -866,18 +867,20 @@ def run_program(sandbox, program, tests, limits=LIMITS):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as setup, tempfile.TemporaryFile() as report:
         inner = {name: most for name, most in limits.items() if name != "wall"}
         source = f"{inspect.getsource(driver)}\ndriver({len(program)}, {len(tests)}, {report.fileno()}, {inner})"
-        command = ["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-I", "-c", source]
+        command = ["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-Iu", "-c", source]
         status = subprocess.run(command, input=program + tests + token, stdout=out, stderr=setup, pass_fds=[report.fileno()], env=ENVIRONMENT, cwd="/",
                                 start_new_session=True).returncode
         printed, said, reported = (f.seek(0) or f.read(limits["FSIZE"]) for f in (out, setup, report))
     if not said.startswith(b"started"):
-        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({said.decode(errors='replace').strip()[:200] or f'status {status}'})")
+        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({' '.join(said.decode(errors='replace').split())[:200] or f'status {status}'})")
     if reported == token:
         return True, ""
     if status == -9 or len(printed) == limits["FSIZE"]:
         return False, f"stopped after {limits['wall']} s" if status == -9 else f"stopped after {limits['FSIZE']} bytes of output"
-    ended = signal.Signals(status - 128).name if 128 < status < 160 else f"status {status}"
-    return False, next((line[:200] for line in reversed(printed.decode(errors="replace").split("\n")) if line.strip()), f"ended with {ended} before its last test")
+    if 128 < status < 160:
+        return False, signal.strsignal(status - 128)                             # "CPU time limit exceeded", "Segmentation fault"
+    lines = [line[:200] for line in printed.decode(errors="replace").split("\n") if line.strip()]
+    return False, lines[-1] if lines else f"ended with status {status} before its last test"
 
 
 def find_sandbox():
