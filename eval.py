@@ -871,7 +871,7 @@ def run_program(sandbox, program, tests, limits=LIMITS):
         status = subprocess.run(command, input=program + tests + token, stdout=out, stderr=setup, pass_fds=[report.fileno()], env=ENVIRONMENT, cwd="/",
                                 start_new_session=True).returncode
         printed, said, reported = (f.seek(0) or f.read(limits["FSIZE"]) for f in (out, setup, report))
-    if not said.startswith(b"started"):
+    if b"started" not in said:
         raise ValueError(f"{sandbox[0]}: the sandbox did not start ({' '.join(said.decode(errors='replace').split())[:200] or f'status {status}'})")
     if reported == token:
         return True, ""
@@ -1027,7 +1027,7 @@ def code_rows(o, *fields):
 
 def code_benchmark(o, name, prompts, program):
     """Answers -> RUN/NAME.jsonl; with --execute verdicts -> RUN/NAME-results.jsonl and pass@k. program(i, answer) -> (program, tests) of prompt i."""
-    ks = [int(k) if k.strip().isdigit() else 0 for k in o.k.split(",")]
+    ks = [int(k) if k.strip().isdecimal() else 0 for k in o.k.split(",")]
     if o.n < 1 or not all(1 <= k <= o.n for k in ks):
         raise ValueError(f"--k={o.k} --n={o.n}: expected comma-separated k from 1 to n, the answers to each problem")
     if o.n > 1 and o.temperature <= 0:

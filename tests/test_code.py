@@ -53,8 +53,8 @@ def test_extract_code(answer, code):
 
 def test_humaneval_program_takes_a_whole_function_or_a_body():
     prompt = 'import math\n\n\ndef f(x):\n    """Double."""\n'
-    for answer in ("    return 2 * x", "return 2 * x", " return 2 * x\n", "```python\n    if x:\n        return 2 * x\n    return 0\n```\n", "    return g(x)\n\ndef g(x):\n    return 2 * x",
-                   "\nif x:\n    return 2 * x\nreturn 0", "```python\ndef f(x):\n    return 2 * x\n```", " def f(x):\n    return g(x)\n\ndef g(x):\n    return 2 * x",
+    for answer in ("    return 2 * x", "return 2 * x", " return 2 * x\n", "```python\n    if x:\n        return 2 * x\n    return 0\n```\n",
+                   "    return g(x)\n\ndef g(x):\n    return 2 * x", "\nif x:\n    return 2 * x\nreturn 0", "```python\ndef f(x):\n    return 2 * x\n```", " def f(x):\n    return g(x)\n\ndef g(x):\n    return 2 * x",
                    prompt + "    return 2 * x\nassert f(1) == 3", "    def f(x):\n        return 2 * x"):
         space = {}
         exec(eval.humaneval_program(prompt, "f", answer), space)                 # our own text
@@ -159,7 +159,7 @@ def test_no_process_outlives_its_run(sandbox, verdicts):
     end = time.time() + 3
     while processes(MARK) and time.time() < end:                                 # a killed one may take a moment to go
         time.sleep(0.05)
-    assert not processes(MARK) and not processes("driver(")
+    assert not processes(MARK)
 
 
 def test_what_the_programs_may_do(sandbox):
@@ -206,7 +206,7 @@ def solve(sandbox, jobs):
 
 
 def test_humaneval_reference_solutions(sandbox, shared):
-    """Every fourth problem (all 164 pass, in 10 s on two cores): the bare body, and for a few the whole function; an empty answer fails."""
+    """Every fourth problem (all 164 pass, in 5 s by bwrap and 8 s by unshare on two cores): the bare body, and for a few the whole function; an empty answer fails."""
     rows = [json.loads(line) for line in gzip.open(shared / "humaneval/HumanEval.jsonl.gz", "rt")]
     job = lambda row, answer: (eval.humaneval_program(row["prompt"], row["entry_point"], answer), f"{row['test']}\ncheck({row['entry_point']})\n")
     assert len(rows) == 164 and solve(sandbox, [job(row, row["canonical_solution"]) for row in rows[::4]]) == [(True, "")] * 41
@@ -261,16 +261,18 @@ def test_humaneval_in_two_phases(base, capsys, some_sandbox, monkeypatch):
 
 def test_mbpp_and_pass_at_k(base, capsys, some_sandbox, monkeypatch):
     monkeypatch.chdir(base)
-    rows = [dict(text="Write double.", code="", task_id=1, test_setup_code="two = Two()", test_list=["assert double(3) == 6", "assert two.x == 2"], challenge_test_list=[]),
-            dict(text="Write triple.", code="", task_id=2, test_setup_code="", test_list=["assert triple(3) == 9"], challenge_test_list=[])]
+    rows = [dict(text="Write double.", code="", task_id=1, test_setup_code="two = Two()", test_list=["assert double(3) == 6", "assert two.x == 2"]),
+            dict(text="Write triple.", code="", task_id=2, test_setup_code="", test_list=["assert triple(3) == 9"])]
     (base / "mbpp.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (base / "sanitized.json").write_text(json.dumps([dict(prompt="Write root.", code="", task_id=3, test_imports=["import math"], test_list=["assert root(4) == math.sqrt(4)"])]))
+    row = dict(prompt="Write root.", code="", task_id=3, test_imports=["import math"], test_list=["assert root(4) == math.sqrt(4)"])
+    (base / "sanitized.json").write_text(json.dumps([row]))
     args = ["mbpp", "--init=base", "--data=mbpp.jsonl", "--max_new=3", "--n=3", "--k=1,2,3", "--temperature=1"]
     command(*args)
     path = base / "out/mbpp-base.jsonl"
     head, *lines = map(json.loads, path.read_text().splitlines())
     right = "class Two:\n    x = 2\ndef double(x):\n    return 2 * x\n"
-    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *(dict(line, answer=right if line["row"] == line["sample"] == 0 else "x = 1") for line in lines))))
+    lines = [dict(line, answer=right if line["row"] == line["sample"] == 0 else "x = 1") for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
     command(*args, "--execute")
     out = capsys.readouterr().out
     assert all(words in out for words in ("pass@1 16.67 % (2 problems, 3 answers each", "pass@2 33.33 %", "pass@3 50.00 %"))
@@ -300,8 +302,8 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--k=1,10"], "comma-separated k from 1 to n"), (["--k=x"], "--k=x"), (["--n=0"], "--n=0"), (["--n=5", "--k=5"], "all the same; add --temperature"), (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"),
-    (["--data=none.jsonl.gz"], "expected an existing"), (["--data=cut.jsonl.gz"], "not a whole .gz"), (["--data=not.jsonl.gz"], "not a whole .gz"),
+    (["--k=1,10"], "comma-separated k from 1 to n"), (["--k=x"], "--k=x"), (["--n=0"], "--n=0"), (["--n=5", "--k=5"], "all the same; add --temperature"),
+    (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"), (["--data=none.jsonl.gz"], "expected an existing"), (["--data=cut.jsonl.gz"], "not a whole .gz"), (["--data=not.jsonl.gz"], "not a whole .gz"),
 ])
 def test_bad_options(base, argv, words, monkeypatch):
     monkeypatch.chdir(base)
