@@ -24,10 +24,12 @@ QUICK = dict(eval.LIMITS, wall=6, CPU=1, AS=2**29)
 @pytest.fixture(scope="session", params=eval.sandboxes())
 def sandbox(request):
     words = eval.sandboxes()[request.param]
+    if not shutil.which(request.param):
+        pytest.skip(f"{request.param} is not installed")
     try:
-        assert shutil.which(request.param) and eval.run_program(words, "", "") == (True, "")
-    except (AssertionError, ValueError) as e:
-        pytest.skip(f"no sandbox by {request.param} on this machine: {e}")
+        assert eval.run_program(words, "", "") == (True, "")
+    except ValueError as e:
+        pytest.skip(f"no sandbox on this machine: {e}")
     return words
 
 
