@@ -9,12 +9,14 @@
     python eval.py loss   --run=out/x --data=path/to/rows.jsonl        # loss, drift, diversity, spectrum
     python eval.py curves out/a out/b --out=curves.png                 # the poster's "optimization dynamics"
     python eval.py features out/a out/b --out=features.png             # classifiers: last-layer features under t-SNE
+    python eval.py table out/* --poster                                # methods x benchmarks, mean ± deviation over seeds
+    python eval.py ablation nlu --seeds=0,1,2 -- OPTIONS               # the poster's, with controls; noise, sensitivity, efficiency alike
     python eval.py compare nlu --methods=lora,pissa --sweep_lr=3e-4,1e-3 --seeds=0,1,2 -- --init=minilm --task=rte
     python eval.py merge  --run=out/x --out=folder                     # a Hugging Face folder with the adapter folded in
     python eval.py bench  --init=smollm2-135m                          # speed and memory beside peft and the authors' formulation
 
 The sections stand on their own: settings - device - run folder - a step - rows and prompts - metrics - figures - sandbox - benchmarks - comparisons -
-speed - commands.
+tables - speed - commands.
 """
 import argparse
 import ast
@@ -1931,6 +1933,128 @@ def efficiency(o):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The poster's tables from run folders
+
+POSTER = {                            # as printed: benchmarks, then mean±deviation of each method; "table --poster" sets them beside ours
+    "nlg": """gsm8k math humaneval mbpp mtbench
+full 48.9±0.49 7.48±0.22 20.52±0.29 23.64±0.38 4.85±0.09
+lora 42.68±0.54 5.92±0.15 16.80±0.38 21.51±0.43 4.60±0.14
+adalora 41.95±0.90 6.24±0.38 18.10±0.46 20.19±0.71 4.79±0.18
+dora 41.77±0.74 6.20±0.48 16.86±0.54 21.60±0.49 4.48±0.14
+milora 43.09±1.16 6.31±0.39 17.55±0.24 20.22±0.37 4.50±0.17
+lora+ 47.84±0.39 7.21±0.49 20.07±0.38 23.69±0.29 5.11±0.06
+lora-fa 40.25±0.46 5.66±0.47 15.91±0.41 20.01±0.32 4.67±0.12
+lora-ga 50.47±0.98 7.13±0.44 19.44±0.45 23.05±0.40 5.04±0.10
+pissa 51.48±0.34 7.60±0.18 19.48±0.45 23.84±0.46 4.92±0.07
+corda 53.90±0.56 8.52±0.27 21.03±0.37 24.15±0.44 5.15±0.09
+corda++ 55.03±0.52 8.95±0.37 21.76±0.39 24.74±0.47 5.64±0.12
+balora 55.86±0.35 9.47±0.52 23.58±0.25 36.86±0.31 5.11±0.05
+pissa+cr 54.25±0.59 9.15±0.25
+pissa+dr 53.60±0.46 8.95±0.18
+pissa+svdr 52.95±0.55 8.70±0.22""",
+    "nlu": """mnli sst2 mrpc cola qnli qqp rte stsb
+full 90.34±0.18 96.33±0.11 89.95±1.07 71.43±0.72 94.24±0.10 92.11±0.28 83.75±1.81 91.04±0.48
+bitfit 89.54±0.29 94.68±0.11 87.95±1.33 67.31±0.49 92.45±0.17 88.72±0.45 79.12±0.39 91.63±0.37
+hadapter 90.23±0.07 95.38±0.06 89.97±0.27 68.73±0.27 94.31±0.29 91.99±0.28 84.76±0.39 91.58±0.13
+padapter 90.42±0.36 95.49±0.10 89.71±0.35 69.04±0.10 94.38±0.26 92.15±0.43 85.53±0.18 91.69±0.13
+lora 90.71±0.16 94.79±0.16 89.85±0.21 70.05±0.34 93.94±0.09 92.07±0.48 85.43±0.09 91.67±0.29
+dora 90.48±0.10 95.85±0.08 91.04±0.15 71.03±0.18 94.21±0.37 92.34±0.16 86.19±0.25 91.92±0.38
+adalora 90.87±0.08 96.18±0.43 90.81±0.40 71.64±0.12 94.68±0.46 92.37±0.35 87.78±0.36 91.97±0.43
+pissa 90.47±0.44 95.81±0.45 91.48±0.49 72.27±0.29 94.41±0.41 92.21±0.26 87.14±0.08 91.93±0.25
+balora 91.26±0.49 96.25±0.09 92.11±0.55 75.46±0.62 95.35±0.14 93.63±0.52 88.58±0.73 92.71±0.38""",
+    "roberta-base": """mnli sst2 cola qnli mrpc
+lora 85.63±0.01 94.03±0.02 62.40±0.71 91.37±0.97 87.98±0.23
+pissa 85.72±0.40 93.64±0.13 67.28±0.59 91.40±0.54 88.11±0.24
+balora 86.59±0.58 94.83±0.45 67.91±0.21 92.28±0.37 90.07±0.32""",
+    "t5-base": """mnli sst2 cola qnli mrpc
+lora 85.30±0.04 94.04±0.11 69.35±0.05 92.96±0.09 68.38±0.01
+pissa 85.75±0.07 94.07±0.06 74.27±0.39 93.15±0.14 76.31±0.51
+balora 86.91±0.48 95.20±0.29 80.19±1.03 94.12±0.32 83.43±0.71""",
+}
+
+
+def poster_values(which):
+    """-> the benchmarks of one of the poster's tables, {method: {benchmark: words}}"""
+    names, *rows = (line.split() for line in POSTER[which].splitlines())
+    return names, {method: dict(zip(names, values)) for method, *values in rows}
+
+
+def variant(settings):
+    """What a run is called in a table: its method, and the terms it has beyond (balora: short of) its own."""
+    terms = [term for term, i in (("cr", 1), ("dr", 2), ("svdr", 3)) if settings[f"lambda{i}"]]
+    if settings["method"] == "balora":
+        return "balora" if len(terms) == 3 else "+".join(["pissa", *terms])
+    return "+".join([settings["method"], *terms])
+
+
+def run_scores(run, record):
+    """{benchmark: score} of a run folder: of a classifier its task's metric at the last evaluation, otherwise what the benchmarks left there; in %, MT-Bench 1-10."""
+    if "task" in record["settings"]:
+        if "metric" not in record:
+            raise ValueError(f"{run}: its config.json names no metric; it was made by an older version, run it anew")
+        return {record["settings"]["task"]: 100 * read_json(os.path.join(run, "eval.json"))[-1][record["metric"]]}
+    found, right = {}, lambda line: line["got"] is not None and line["got"] == line["gold"]
+    judges = {"gsm8k": ("gsm8k", right), "math": ("math", lambda line: None not in (line["got"], line["gold"]) and normalise(line["got"]) == normalise(line["gold"])),
+              "humaneval": ("humaneval-results", lambda line: line["passed"]), "mbpp": ("mbpp-results", lambda line: line["passed"])}
+    for name, (file, hit) in judges.items():
+        if lines := whole_lines(os.path.join(run, f"{file}.jsonl"))[1:]:
+            found[name] = 100 * statistics.mean(hit(line) for line in lines)
+    for file in sorted(name for name in os.listdir(run) if name.startswith("mtbench-") and name.endswith("_single.jsonl")):
+        if ratings := [line["score"] for line in whole_lines(os.path.join(run, file)) if line["score"] != -1]:
+            found["mtbench"] = statistics.mean(ratings)
+    return found
+
+
+def table(o):
+    """The poster's tables from run folders: methods x benchmarks, mean ± deviation over seeds, parameters, average, best in bold. `table out/* --poster`."""
+    is_run = lambda run: all(os.path.exists(os.path.join(run, name)) for name in ("config.json", "eval.json"))
+    records = {run: read_json(os.path.join(run, "config.json")) for run in o.runs if is_run(run)}
+    if not records:
+        raise ValueError(f"table: no run among {' '.join(o.runs) or 'nothing'}; expected run folders: python eval.py table out/*")
+    for run in set(o.runs) - records.keys():
+        print(f"{run}: not a run that got as far as an evaluation; left out")
+    kinds = {"nlu" if "task" in record["settings"] else "nlg" for record in records.values()}
+    if len(kinds) > 1:
+        raise ValueError("table: runs of train_nlg.py and of train_nlu.py have no benchmark in common; give the ones, then the others")
+    kind, cells, params = kinds.pop(), {}, {}
+    for run, record in records.items():
+        key = os.path.basename(os.path.normpath(record["settings"]["init"])), variant(record["settings"])
+        params[key] = record.get("trainable")
+        for name, score in run_scores(run, record).items():
+            cells.setdefault((key, name), {}).setdefault(record["settings"]["seed"], []).append((score, run))
+    for (key, name), by_seed in cells.items():
+        for seed, found in by_seed.items():
+            if len(found) > 1:
+                raise ValueError(f"table: {' and '.join(run for _, run in found)} are all {key[1]} on {name} with seed {seed}; give one of them")
+    inits = list(dict.fromkeys(init for init, _ in params))
+    names = [n for n in poster_values(kind)[0] if o.poster or any(name == n for _, name in cells)] + sorted({n for _, n in cells} - set(poster_values(kind)[0]))
+    if not names:
+        raise ValueError("table: these runs have no benchmark's results yet (python eval.py gsm8k --run=..., math, humaneval, mbpp, mtbench and judge)")
+    means = {at: statistics.mean(found[0][0] for found in by_seed.values()) for at, by_seed in cells.items()}
+    lines = [["", "trainable", *names, "average"], ["---"] + ["---:"] * (len(names) + 2)]
+    for init in inits:
+        lines += [[f"**{init}**"] + [""] * (len(names) + 2)] * (len(inits) > 1)
+        keys = [key for key in params if key[0] == init]
+        average = {key: statistics.mean(means[key, n] for n in names) for key in keys if all((key, n) in means for n in names)}
+        best = {n: max((means[key, n] for key in keys if (key, n) in means), default=None) for n in names} | {"average": max(average.values(), default=None)}
+        bold = lambda text, value, name: f"**{text}**" if value == best[name] and len(keys) > 1 else text
+        theirs = poster_values(init if init in POSTER else kind)[1]
+        for key in keys:
+            row = [key[1], f"{params[key]:,}" if params[key] else "-"]
+            for n in names:
+                values = [found[0][0] for found in cells.get((key, n), {}).values()]
+                text = bold(spread(values, 2), means[key, n], n) if values else "-"
+                row.append(text + (f" ({theirs.get(key[1], {}).get(n, '-')})" if o.poster else ""))
+            lines.append([*row, bold(f"{average[key]:.2f}", average[key], "average") if key in average else "-"])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    missing = sum((key, n) not in means for key in params for n in names)
+    print(text + (f"\n\n{missing} cells of {len(params) * len(names)} have no run (-)" if missing else "") + ("\n(in brackets: the poster)" if o.poster else ""))
+    path = o.out or "table.md"
+    balora.write_atomic(path, lambda f: f.write((text + "\n").encode()))
+    print(f"-> {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Speed and memory, beside peft + transformers and beside the authors' formulation on that stack
 
 CONTESTANTS = {
@@ -2253,6 +2377,7 @@ class Options:
     seed: int = 0                     # of sampling
     n: int = 1                        # answers to each problem
     k: str = "1"                      # comma-separated k of pass@k, each at most n
+    poster: bool = False              # the poster's values beside ours
     execute: bool = False             # run, in a sandbox, what the model wrote, and score it
     batch_size: int = 32              # sequences at a time
     out: str = ""                     # file or folder to write (gsm8k, math, mtbench: the name of their .jsonl in the run folder)
@@ -2297,6 +2422,7 @@ COMMANDS = {                          # name: (function, the options it reads)
     "merge": (merge, MODEL + "out"),
     "curves": (curves, "runs out"),
     "features": (features, "runs out"),
+    "table": (table, "runs poster out"),
     "compare": (compare, "runs methods sweep_lr seeds metric out jobs"),
     "ablation": (ablation, "runs seeds metric out jobs"),
     "noise": (noise, "runs seeds metric out jobs levels inits"),

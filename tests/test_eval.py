@@ -1,7 +1,9 @@
 """eval.py: settings, run folder, rows and prompts, metrics, commands."""
 import csv
 import json
+import os
 import random
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -307,3 +309,119 @@ def test_curves(run):
 def test_bad_commands(argv, words):
     with pytest.raises(ValueError, match=words):
         command(*argv)
+
+
+# tables
+
+def fake_run(folder, method, seed, scores, **settings):
+    """A run folder with the results that a language model's benchmarks leave there: {benchmark: hits of 10}."""
+    folder.mkdir(parents=True)
+    lambdas = dict(zip(("lambda1", "lambda2", "lambda3"), (0.1,) * 3 if method == "balora" else (0,) * 3)) | settings
+    (folder / "config.json").write_text(json.dumps(dict(settings=dict(init="base", method=method, seed=seed) | lambdas, trainable=1234)))
+    (folder / "eval.json").write_text("[]")
+    for name, hits in scores.items():
+        line = (lambda i: dict(got=1, gold=int(i < hits))) if name == "gsm8k" else (lambda i: dict(got="\\frac12", gold="\\frac{1}{2}" if i < hits else "3")) if name == "math" else \
+            (lambda i: dict(passed=i < hits))
+        file = {"humaneval": "humaneval-results", "mbpp": "mbpp-results"}.get(name, name)
+        (folder / f"{file}.jsonl").write_text("\n".join(json.dumps(line(i) if i >= 0 else {}) for i in range(-1, 10)) + "\n")
+    return folder
+
+
+def test_table_of_runs(tmp_path, capsys):
+    every = dict(gsm8k=5, math=2, humaneval=1, mbpp=4)
+    runs = [fake_run(tmp_path / f"balora-{seed}", "balora", seed, every | dict(gsm8k=5 + seed)) for seed in (0, 1)]
+    (runs[0] / "mtbench-gpt-4_single.jsonl").write_text("".join(json.dumps(dict(score=score)) + "\n" for score in (8, 6, -1)))
+    runs += [fake_run(tmp_path / "lora", "lora", 0, dict(gsm8k=7)), fake_run(tmp_path / "cr", "pissa", 0, dict(math=1), lambda1=0.025)]
+    command("table", *runs, f"--out={tmp_path}/t.md")
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): [word.strip() for word in line.split("|")[2:-1]] for line in out.splitlines() if line.startswith("|")}
+    assert rows[""] == ["trainable", "gsm8k", "math", "humaneval", "mbpp", "mtbench", "average"] and (tmp_path / "t.md").read_text() in out
+    assert rows["balora"] == ["1,234", "55.00 ± 7.07", "**20.00 ± 0.00**", "**10.00 ± 0.00**", "**40.00 ± 0.00**", "**7.00**", "**26.40**"]     # MT-Bench as it is, as on the poster
+    assert rows["lora"] == ["1,234", "**70.00**", "-", "-", "-", "-", "-"] and rows["pissa+cr"][2] == "10.00" and "8 cells of 15 have no run" in out
+    command("table", *runs[2:], "--poster", f"--out={tmp_path}/t.md")
+    assert "| **70.00** (42.68±0.54) | - (5.92±0.15) |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="are all lora on gsm8k with seed 0"):
+        command("table", runs[2], fake_run(tmp_path / "twin", "lora", 0, dict(gsm8k=1)))
+    with pytest.raises(ValueError, match="no run among"):
+        command("table", tmp_path / "nowhere")
+
+
+def test_the_posters_values_average_as_printed():
+    """The poster's own averages (mean of five; mean of eight) from the values kept here, so a digit typed wrong would show."""
+    printed = {"nlg": dict(full=21.08, lora=18.30, adalora=18.25, dora=18.18, milora=18.33, pissa=21.46, corda=22.55, balora=26.18) | {
+                   "lora+": 20.78, "lora-fa": 17.30, "lora-ga": 21.03, "corda++": 23.22},
+               "nlu": dict(full=88.65, bitfit=86.43, hadapter=88.37, padapter=88.55, lora=88.56, dora=89.13, adalora=89.54, pissa=89.47, balora=90.67),
+               "roberta-base": dict(lora=84.28, pissa=85.23, balora=86.34), "t5-base": dict(lora=82.01, pissa=84.71, balora=87.97)}
+    for which, averages in printed.items():
+        names, rows = eval.poster_values(which)
+        for method, average in averages.items():
+            assert len(rows[method]) == len(names)
+            assert sum(float(word.split("±")[0]) for word in rows[method].values()) / len(names) == pytest.approx(average, abs=0.0101), (which, method)
+
+
+def test_slope_is_least_squares_with_its_interval():
+    by_level = {"0": [0.0, 0.1], "0.2": [0.2, 0.3], "0.4": [0.4, 0.5]}
+    assert eval.slope(by_level, "accuracy").startswith("slope +1.000 accuracy a unit of noise, 95 % interval +0.575 to +1.425 (6 pairs)")
+    assert "too few" in eval.slope({"0": [1.0]}, "accuracy")
+
+
+# presets of compare: what they run, and what they make of it (the runs themselves: tests/test_train_nlg.py, test_train_nlu.py)
+
+@pytest.fixture
+def cells(monkeypatch):
+    """Every cell "runs" at once: its accuracy is a known function of its options. -> the options of all cells, by name."""
+    asked = {}
+
+    def cell(kind, out, options):
+        asked[os.path.basename(out)] = options
+        given = dict(word[2:].split("=") for word in options)
+        if given.get("weight_decay"):
+            return None                                                          # one variant fails
+        seed, noise = int(given["seed"]), float(given.get("pretrain_noise", 0))
+        accuracy = 0.5 + 0.01 * seed + 0.1 * (given["method"] == "balora") * (1 + noise) + 0.02 * bool(float(given.get("lambda1", 0)))
+        settings = dict(lambda1=0.15, lambda2=0.03, lambda3=0.03, T=2.0, k=5, r=8, alpha=8.0)
+        return dict(accuracy=accuracy, loss=1 - accuracy, drift=0.1 * seed, settings=settings, trainable=10, metric="accuracy", speed=100.0, seconds=60.0 * (2 if given["method"] == "full" else 1),
+                    peak=2.0 if given["method"] == "full" else 1.0)
+    monkeypatch.setattr(eval, "cell", cell)
+    return asked
+
+
+def words_of(out, start):
+    return next(re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if re.split(r"\s{2,}", line.strip())[0] == start)
+
+
+def test_ablation_has_the_posters_rows_and_its_controls(cells, tmp_path, capsys):
+    command("ablation", "nlu", "--seeds=0,1,2", f"--out={tmp_path}", "--", "--init=x")
+    out = capsys.readouterr().out
+    assert len(cells) == 30 and all(options[0] == "--init=x" for options in cells.values())
+    assert cells["pissa+dr-1"] == ["--init=x", "--method=pissa", "--lambda2=0.03", "--seed=1"] and cells["lora+terms-0"][1:5] == ["--method=lora", "--lambda1=0.15", "--lambda2=0.03", "--lambda3=0.03"]
+    assert "--label_smoothing=0.0762" in cells["pissa+smoothing-0"] and "--dropout=0.1" in cells["pissa+dropout-2"]
+    assert words_of(out, "balora") == ["balora", "0.6100 ± 0.0100", "0.1000 ± 0.0000", "3 of 3", "0.1000 ± 0.1000", "0.0000 ± 0.0000"]
+    assert words_of(out, "pissa+cr")[2:4] == ["0.0200 ± 0.0000", "3 of 3"] and words_of(out, "pissa+decay")[1:3] == ["none", "none"]
+    assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "table.txt").read_text() in out
+
+
+def test_noise_measures_the_slope_of_the_gain(cells, tmp_path, capsys):
+    command("noise", "nlu", "--seeds=0,1", "--levels=0,0.5", f"--out={tmp_path}")
+    out = capsys.readouterr().out
+    assert len(cells) == 12 and "--pretrain_noise=0.5" in cells["lora-0.5-1"]
+    assert words_of(out, "balora - pissa, paired")[1:] == ["0.1000 ± 0.0000", "0.1500 ± 0.0000"] and "gain over lora: slope +0.100 accuracy a unit of noise" in out
+    assert (tmp_path / "noise.png").exists()
+    command("noise", "nlu", "--seeds=0", "--inits=roberta-base,t5-base", f"--out={tmp_path}", "--", "--task=cola")
+    assert "--init=t5-base" in cells["pissa-t5-base-0"] and "slope" not in capsys.readouterr().out
+
+
+def test_sensitivity_moves_one_knob_at_a_time(cells, tmp_path, capsys):
+    command("sensitivity", "nlu", "--seeds=0", f"--out={tmp_path}")
+    assert set(cells) == {f"{name}-0" for name in ("balora", "lambda1=0.03", "lambda1=0.75", "lambda2=0.006", "lambda2=0.15", "lambda3=0.006", "lambda3=0.15", "T=1.0", "T=4.0", "k=1", "k=25", "r=4", "r=16")}
+    assert cells["r=4-0"] == ["--method=balora", "--r=4", "--alpha=4", "--seed=0"] and cells["k=25-0"][1] == "--k=25"
+    assert "the default has lambda1 0.15" in capsys.readouterr().out and (tmp_path / "sensitivity.png").exists()
+
+
+def test_efficiency_is_ratios_to_lora(cells, tmp_path, capsys):
+    command("efficiency", "nlg", "--seeds=0", "--metric=loss", f"--out={tmp_path}")
+    out = capsys.readouterr().out
+    assert words_of(out, "full")[1:5] == ["2.00", "2.00", "2.0", "2.00"] and words_of(out, "lora")[1:5] == ["1.00", "1.00", "1.0", "1.00"]
+    for bad, words in ((["efficiency"], "expected nlg or nlu"), (["noise", "nlg", "--seeds=a"], "--seeds=a"), (["ablation", "nlg", "--jobs=0"], "--jobs=0"), (["table", "--", "--x=1"], "no options of another")):
+        with pytest.raises(ValueError, match=words):
+            command(*bad)
