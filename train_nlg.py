@@ -238,7 +238,7 @@ def dry_run(s):
     fixed, measured = eval.adapter_memory(net, s, width)
     layer = next(iter(balora.adapted_layers(net).values()), None)
     rank = 0 if full else len(layer.A) * (2 if getattr(layer, "B0", None) is not None else 1)
-    block = kept_values(c, rank, s.method == "dora", width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
+    block = kept_values(c, rank, s.method, width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
     parts = {
         "weights": report.total * (4 if full else width),
         "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
@@ -252,12 +252,14 @@ def dry_run(s):
     eval.memory_table(report, f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}", parts, measured)
 
 
-def kept_values(c, rank, dora, width, scores=0):
+def kept_values(c, rank, method, width, scores=0):
     """Values a token that one block keeps for the backward pass: inputs of two norms (16-bit ones keep an fp32 copy) and of q, o, gate; q, k, v;
-    gate, up, silu, their product; what each of the seven brackets makes of its input; DoRA's W x and B A x. scores: keys whose weights are kept too (`model.attend`)."""
+    gate, up, silu, their product; what each of the seven brackets makes of its input. scores: keys whose weights are kept too (`model.attend`).
+    DoRA keeps W x and B A x as well; LoRA-FA, whose A stays, no input of q, gate, down (nor of o, where attention itself has no use for it)."""
+    queries, made = c.n_heads * c.head_dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 2 * c.d_ff + 2 * c.d      # made: outputs of the seven layers
     attention = c.n_heads * scores + 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * bool(scores)
-    made = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 2 * c.d_ff + 2 * c.d    # outputs of the seven layers
-    return attention + (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank + 2 * made * dora
+    own = 2 * made if method == "dora" else -(2 * c.d + queries * bool(scores) + c.d_ff) if method == "lora-fa" else 0
+    return attention + (7 if width == 2 else 5) * c.d + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_ff + 7 * rank + own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
