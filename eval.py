@@ -2269,10 +2269,10 @@ def bench_generate(o):
     prompts = [tok.bos + tok.encode(fill(o.template, *row[:2])) for row in rows_of(o)]
     batches = [[prompts[i] for i in rows] for rows in batches_by_length([(p, ()) for p in prompts], o.batch_size)]
 
-    def ours():
+    def ours(max_new):
         return [ids for batch in batches for ids in net.generate(batch, max_new, eos=tok.eos)]
 
-    def other():
+    def other(max_new):
         out = []
         for batch in batches:
             L = max(map(len, batch))
@@ -2281,11 +2281,11 @@ def bench_generate(o):
             made = theirs.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False, eos_token_id=tok.eos, pad_token_id=tok.eos)[:, L:].tolist()
             out += [row[:row.index(tok.eos)] if tok.eos in row else row for row in made]
         return out
-    for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one warms up
+    for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one, of two tokens, warms up
         for name, write in (("this project", ours), ("transformers", other)):
             start = time.perf_counter()
             with torch.no_grad():
-                answers[name] = write()
+                answers[name] = write(max_new if step else 2)
             times[name] += [time.perf_counter() - start] if step else []
             counts[name] = sum(map(len, answers[name]))
     for name, t in times.items():
