@@ -25,6 +25,7 @@ import concurrent.futures
 import dataclasses
 import email.utils
 import fractions
+import glob
 import gzip
 import hashlib
 import http.client
@@ -110,6 +111,12 @@ def in_range(settings, rules):
 LAMBDAS = {"nlg": (0.025, 0.005, 0.005), "nlu": (0.15, 0.03, 0.03)}            # the paper's λ1, λ2, λ3
 
 
+READERS = {                           # options that only some methods read
+    "lora_plus_ratio": ("lora+",), "correct_B": ("lora-fa",), "gamma": ("lora-ga",), "calibration": ("lora-ga", "corda", "corda++"), "keep": ("corda", "corda++"),
+    "calibration_data": ("corda", "corda++"), "rounds": ("corda++",), **dict.fromkeys(("adalora_first", "adalora_last", "adalora_every", "orthogonality"), ("adalora",)),
+}
+
+
 def check_method(s, paper_lambdas):
     """What both scripts check of --method and its options; fills in λ1, λ2, λ3: the paper's where they belong to the method, 0 elsewhere."""
     if s.method not in balora.METHODS:
@@ -121,6 +128,12 @@ def check_method(s, paper_lambdas):
         raise ValueError(f"--keep={s.keep}: expected first (IPM) or last (KPM)")
     if s.correct_B and s.method != "lora-fa":
         raise ValueError(f"--correct_B with --method={s.method}: it is the second version of lora-fa; leave it out")
+    given = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+    for name in ("pretrain_noise", "pretrain_iters"):
+        if name in given and s.init != "tiny":
+            raise ValueError(f"--{name}={given[name]} with --init={s.init}: only tiny is pre-trained here; leave it out")
+    if idle := [f"--{name}={given[name]}" for name, methods in READERS.items() if name in given and s.method not in methods]:
+        print(f"{s.method} does not read {', '.join(idle)}")
 
 
 @lru_cache
@@ -211,9 +224,10 @@ def check_run(settings):
         if taken:
             raise ValueError(f"--out_dir={out} holds {', '.join(taken)} but no config.json of a run; choose another --out_dir")
         return None
-    old = read_json(path)
-    if not isinstance(old, dict) or not {"settings", "weights_hash"} <= old.keys():
-        raise ValueError(f"{path} is not a run's config.json; choose another --out_dir")
+    try:
+        old = read_run(out)
+    except ValueError:
+        raise ValueError(f"{path} is not a run's config.json; choose another --out_dir") from None
     changed = "; ".join([f"{k} ({old['settings'].get(k)} there, {v} here)" for k, v in dataclasses.asdict(settings).items()
                          if k not in FREE and old["settings"].get(k) != v][:3])
     if settings.resume and changed:
@@ -242,12 +256,18 @@ def open_run(settings, net, device, base, start, **more):
     if start and shapes(start["net"]) != shapes(trained_state(net)):
         raise ValueError(f"--resume: the checkpoint in {out} is of another model or adapter; it does not belong to this run")
     if not settings.resume:
-        for victim in (os.path.join(out, name) for name in OURS):                # there only where check_run allowed --overwrite
+        answers = glob.glob(os.path.join(glob.escape(out), "*.jsonl"))           # benchmarks' files are those of the run that was
+        for victim in (*(os.path.join(out, name) for name in OURS), *answers):   # there only where check_run allowed --overwrite
             shutil.rmtree(victim) if os.path.isdir(victim) else os.path.exists(victim) and os.remove(victim)
     os.makedirs(out, exist_ok=True)
-    write_json(os.path.join(out, "config.json"), dict(
-        settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base, weights_hash=net.weights_hash,
-        device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv, **more))
+    session = dict(device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv)
+    if start:                                                                    # the record of the start stays, later sessions stand in it
+        record = read_json(os.path.join(out, "config.json"))
+        record["resumed"] = [*record.get("resumed", []), dict(session, step=start["step"])]
+    else:
+        record = dict(settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base,
+                      weights_hash=net.weights_hash, **session, **more)
+    write_json(os.path.join(out, "config.json"), record)
     cut(out, start["step"] if start else -1)
 
 
@@ -286,6 +306,14 @@ def read_json(path):
         raise ValueError(f"{path}: no such file; is that the folder of a run?") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: not JSON ({e})") from None
+
+
+def read_run(run):
+    """config.json of a run folder. Raises ValueError where it is something else's, such as a model's."""
+    record = read_json(os.path.join(run, "config.json"))
+    if not isinstance(record, dict) or not {"settings", "weights_hash"} <= record.keys():
+        raise ValueError(f"{run} is not the folder of a run; a model's folder is given as --init={run}")
+    return record
 
 
 def trained_state(net):
@@ -331,7 +359,7 @@ def load_run(run, init, dtype, device):
     if not run:
         net, tok = model.load(init, dtype=dtype, device=device)
         return net, tok, {}
-    record = read_json(os.path.join(run, "config.json"))
+    record = read_run(run)
     settings = record["settings"]
     whole = os.path.join(run, "model")
     if "task" in settings:
@@ -686,8 +714,13 @@ def write_answers(net, prompts, max_new, batch_size, eos, desc="generate", done=
     A prompt that leaves no room in the model's context is answered by nothing.
     """
     out = [[] for _ in prompts]
-    for rows in tqdm(batches_by_length([(p, ()) for p in prompts], batch_size), desc=desc, unit="batch", leave=False, disable=None):
-        room = min(max_new, net.config.max_len - max(len(prompts[i]) for i in rows))
+    free, batches = (lambda i: min(max_new, net.config.max_len - len(prompts[i]))), []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):        # prompts that leave less room than max_new stay among their like
+        if not batches or len(batches[-1]) == batch_size or free(batches[-1][0]) != free(i):
+            batches.append([])
+        batches[-1].append(i)
+    for rows in tqdm(batches, desc=desc, unit="batch", leave=False, disable=None):
+        room = free(rows[0])
         answers = net.generate([prompts[i] for i in rows], room, temperature, top_p, eos, seed + rows[0]) if room > 0 else [[] for _ in rows]
         for i, ids in zip(rows, answers):
             out[i] = ids
@@ -1147,7 +1180,7 @@ def find_sandbox():
 def execute(sandbox, run, name, programs):
     """Verdicts on `programs`, each (row, sample, program, tests): run what RUN/NAME.jsonl lacks, a program a processor at a time -> path, all lines."""
     coded = hashlib.sha256(json.dumps(programs).encode()).hexdigest()[:16]
-    path, lines = answer_file(run, name, dict(programs=coded, limits=LIMITS, python=platform.python_version()))
+    path, lines = answer_file(run, name, dict(programs=coded, items=len(programs), limits=LIMITS, python=platform.python_version()))
     seen = {(line["row"], line["sample"]) for line in lines}
     todo = [p for p in programs if p[:2] not in seen]
 
@@ -1173,19 +1206,25 @@ def file_hash(path):
     return hashlib.sha256(open(path, "rb").read()).hexdigest()[:16] if os.path.exists(path) else ""
 
 
-def whole_lines(path, fields=()):
-    """Records of a .jsonl file that grows line by line, [] where there is none; a last line that a kill cut off is taken out of it.
-
-    Where a line is not JSON (JSONDecodeError) or lacks one of `fields` (LookupError), the file stays as it is.
-    """
+def whole_lines(path):
+    """Records of a .jsonl file that grows line by line, without a last line that a kill cut off; [] where there is none. Raises ValueError: other lines that are no objects."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f if line.endswith("\n")]
-    if any(not set(fields) <= line.keys() for line in lines):
-        raise LookupError(f"{path}: a line without one of {', '.join(fields)}")
-    balora.write_atomic(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = [json.loads(line) for line in f if line.endswith("\n")]
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: damaged ({e}); move it away, and its items are done anew") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path}: holds other lines than records; move it away")
     return lines
+
+
+def cut_last_line(path, lines):
+    """Take a half-written last line out of a file of which `lines` are the whole ones, before more is appended."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if os.path.exists(path) and open(path, "rb").read()[-1:] not in (b"", b"\n"):
+        balora.write_atomic(path, lambda f: f.write(text.encode()))
 
 
 def answer_file(run, name, head):
@@ -1193,6 +1232,7 @@ def answer_file(run, name, head):
     path = os.path.join(run or "out", f"{name}.jsonl")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lines = whole_lines(path)
+    cut_last_line(path, lines)
     if not lines:
         append(path, head)
     elif lines[0] != head:
@@ -1207,17 +1247,17 @@ def chosen(o, rows):
 
 def rows_of(o):
     """The rows a command asks for, read by the run's field names unless others are given."""
-    settings = read_json(os.path.join(o.run, "config.json"))["settings"] if o.run else {}
+    settings = read_run(o.run)["settings"] if o.run else {}
     names = (getattr(o, name) or settings.get(name, "") for name in ("prompt_field", "response_field"))
     return chosen(o, read_rows(o.data, *names))
 
 
 def answers_name(o, name):
     """What a benchmark's file is called: --out, or the benchmark (and the untuned model)."""
-    return o.out or name + ("" if o.run else f"-{os.path.basename(o.init)}")
+    return o.out or name + ("" if o.run else f"-{os.path.basename(os.path.normpath(o.init))}")
 
 
-def answer_items(o, name, prompts, judge, max_new=512, n=1, temperatures=None, opened=None):
+def answer_items(o, name, prompts, judge, n=1, temperatures=None, opened=None):
     """n answers of the model to each of `prompts` (fill() has framed them), a line of RUN/NAME.jsonl each as it comes: on from where it was stopped.
 
     judge(i, text) -> dict, the verdict on an answer to prompt i; it stands in the line beside row, sample and answer. temperatures: one a prompt,
@@ -1226,12 +1266,12 @@ def answer_items(o, name, prompts, judge, max_new=512, n=1, temperatures=None, o
     net, tok, settings, device = opened or open_model(o)
     temperatures = temperatures or [o.temperature] * len(prompts)
     kinds = sorted(set(temperatures))
-    max_new, coded = o.max_new or settings.get("max_new", max_new), [tok.bos + tok.encode(prompt) for prompt in prompts]
+    max_new, coded = o.max_new or 1024, [tok.bos + tok.encode(prompt) for prompt in prompts]
     full = sum(len(ids) >= net.config.max_len for ids in coded)
     print(f"{o.data}: {len(prompts)} prompts x {n}, at most {max_new} tokens each, temperature {', '.join(map(str, kinds))}"
           + (f"; {full} fill the context of {net.config.max_len} tokens and stay unanswered" if full else ""))
     head = dict(weights=net.weights_hash, adapter=file_hash(os.path.join(o.run, "adapter", "adapter_model.safetensors")), dtype=str(net.head.dtype)[6:], data=o.data,
-                prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new,
+                items=len(prompts) * n, prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], n=n, max_new=max_new,
                 temperature=kinds[0] if len(kinds) == 1 else kinds, top_p=o.top_p, seed=o.seed)
     path, lines = answer_file(o.run, answers_name(o, name), head)
     seen = {(line["row"], line["sample"]) for line in lines}
@@ -1242,20 +1282,33 @@ def answer_items(o, name, prompts, judge, max_new=512, n=1, temperatures=None, o
 
         def done(at, ids):
             (row, j), text = part[at], tok.decode(ids)
-            lines.append(dict(row=row, sample=j, answer=text, **judge(row, text)))
+            lines.append(dict(row=row, sample=j, answer=text, tokens=len(ids), **judge(row, text)))
             append(path, lines[-1])
         write_answers(net, [coded[i] for i, _ in part], max_new, o.batch_size, tok.eos, name, done, temperature, o.top_p, o.seed + len(seen))
+    if cut := sum(line["tokens"] == max_new for line in lines):
+        print(f"{cut} of {len(lines)} answers reached {max_new} tokens before their end (--max_new)")
     return path, sorted(lines, key=lambda line: (line["row"], line["sample"]))
 
 
 def template_of(o):
     """The template that a run was tuned with, or --template."""
-    return read_json(os.path.join(o.run, "config.json"))["settings"].get("template", o.template) if o.run else o.template
+    template = read_run(o.run)["settings"].get("template", o.template) if o.run else o.template
+    if o.template not in (template, Options.template):
+        raise ValueError(f"--template={o.template}: {o.run} was tuned with the template {template!r}, which goes with it; leave it out")
+    return template
 
 
 def print_share(what, hits, n, path):
     low, high = wilson(hits, n)
     print(f"{what} {100 * hits / n:.2f} % ({hits} of {n}), 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
+
+
+def same_number(line):
+    return line["got"] is not None and line["got"] == line["gold"]
+
+
+def same_form(line):
+    return None not in (line["got"], line["gold"]) and normalise(line["got"]) == normalise(line["gold"])
 
 
 def gsm8k(o):
@@ -1266,8 +1319,8 @@ def gsm8k(o):
         print(f"{o.data}: {missing} of {len(rows)} rows have no gold number and count as wrong")
     judge = lambda i, text: dict(got=extract_answer(text), gold=gold[i])
     path, lines = answer_items(o, "gsm8k", [fill(template, *row[:2]) for row in rows], judge)
-    pairs = [(exact_number(line["answer"]), exact_number(rows[line["row"]][2])) if o.loose else (line["got"], line["gold"]) for line in lines]
-    print_share("equal numbers" if o.loose else "exact match", sum(got is not None and got == gold for got, gold in pairs), len(lines), path)
+    loose = lambda line: (got := exact_number(line["answer"])) is not None and got == exact_number(rows[line["row"]][2])
+    print_share("equal numbers" if o.loose else "exact match", sum(map(loose if o.loose else same_number, lines)), len(lines), path)
 
 
 def competition_math(o):
@@ -1279,10 +1332,8 @@ def competition_math(o):
     gold = [boxed(solution) for _, _, solution in rows]
     if missing := sum(g is None for g in gold):
         print(f"{o.data}: {missing} of {len(rows)} solutions have no \\boxed answer and count as wrong")
-    same = math_equal if o.loose else lambda a, b: None not in (a, b) and normalise(a) == normalise(b)
-    o.max_new = o.max_new or 1024
     path, lines = answer_items(o, "math", [fill(template, *row[:2]) for row in rows], lambda i, text: dict(got=extract_math(text), gold=gold[i]))
-    right = [same(line["got"], line["gold"]) for line in lines]
+    right = [math_equal(line["got"], line["gold"]) if o.loose else same_form(line) for line in lines]
     table = read_table(o.data)
     for name in ("subject", "type", "level"):
         groups = {}
@@ -1316,7 +1367,7 @@ def mtbench(o):
     temperatures = [TEMPERATURES[q["category"]] for q in asked]
 
     def answers(turn, prompts):
-        return answer_items(dataclasses.replace(o, out=f"{name}-turn{turn}", max_new=o.max_new or 1024), "mtbench", prompts,
+        return answer_items(dataclasses.replace(o, out=f"{name}-turn{turn}"), "mtbench", prompts,
                             lambda i, text: dict(tstamp=time.time()), temperatures=temperatures, opened=opened)
     prompts = [fill(template, q["turns"][0]) for q in asked]
     path, first = answers(1, prompts)
@@ -1496,16 +1547,18 @@ def judge(o):
     """
     path = o.answers or (os.path.join(o.run, "mtbench.jsonl") if o.run else "")
     answers = read_lines("answers", path, ("question_id", "model_id", "choices"), "`python eval.py mtbench` writes one, give it or its --run")
-    in_range(o, [(lambda v: v >= 1, "parallel"), (lambda v: v >= 0, "retries"), (lambda v: v > 0, "timeout")])
     if o.judge_url and not re.match(r"https?://[^\s/]", o.judge_url):
         raise ValueError(f"--judge_url={o.judge_url}: expected the address of an OpenAI-compatible endpoint, like https://api.openai.com/v1")
     out = o.out or f"{path.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', o.judge_model)}_single.jsonl"
     if not out.endswith(".jsonl"):
         raise ValueError(f"--out={out}: expected the name of a .jsonl file for the ratings")
     try:
-        lines, failed = whole_lines(out, ("question_id", "model", "judge", "user_prompt", "score", "turn")), []
-    except (json.JSONDecodeError, LookupError):
-        raise ValueError(f"--out={out} holds something else than judgments; choose another --out") from None
+        lines, failed = whole_lines(out), []
+    except ValueError:
+        lines = [{}]
+    if any(not {"question_id", "model", "judge", "user_prompt", "score", "turn"} <= line.keys() for line in lines):
+        raise ValueError(f"--out={out} holds something else than judgments; choose another --out")
+    cut_last_line(out, lines)
     if o.judge_url:
         key = lambda line: (line["question_id"], line["turn"])
         items, seen = judge_requests(o, answers), {key(line): line for line in lines}
@@ -1616,7 +1669,7 @@ def sample(o):
     template = settings.get("template", o.template)
     prompt = fill(template, o.prompt)
     start = tok.bos + tok.encode(prompt)
-    max_new = min(o.max_new or settings.get("max_new", 256), net.config.max_len - len(start))
+    max_new = min(o.max_new or 256, net.config.max_len - len(start))
     print(f"template {template}, temperature {o.temperature}, top_p {o.top_p}, seed {o.seed}\n")
     ids, = net.generate([start], max_new, o.temperature, o.top_p, tok.eos, o.seed)
     print(prompt + tok.decode(ids))
@@ -1683,10 +1736,12 @@ def compare(o):
     Every learning rate with the first seed, then the best one with the others, since one rate for all misleads; a method may have rates of its own
     (--sweep_lr="3e-4,1e-3 full=1e-5,3e-5"). What is finished is not run again.
     """
-    kind, seeds, root = comparison(o)
+    kind, seeds, root = comparison(o, "method learning_rate")
     methods, rates = able_methods(o, kind), {}
     for part in o.sweep_lr.split():
         method, mark, values = part.rpartition("=")
+        if (method or "any") in rates:
+            raise ValueError(f"--sweep_lr={o.sweep_lr}: two lists for {method or 'all methods'}; rates are separated by commas, lists by spaces")
         rates[method if mark else "any"] = listed(values)
     unknown = [m for m in rates if m not in (*balora.METHODS, "any")]
     without = [m for m in methods if not rates.get(m, rates.get("any"))]
@@ -1694,7 +1749,7 @@ def compare(o):
         raise ValueError(f"--sweep_lr={o.sweep_lr}: " + (f"no method {unknown[0]}; {balora.nearest(unknown[0], balora.METHODS)}" if unknown else f"no rate for {', '.join(without)}"))
     options = lambda method, lr, seed: [f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}"]
     cells = lambda triples: run_cells(o, kind, root, {f"{'-'.join(t)}": options(*t) for t in triples})
-    first, best, table = cells((m, lr, seeds[0]) for m in methods for lr in rates.get(m, rates.get("any"))), {}, {}
+    first, table = cells((m, lr, seeds[0]) for m in methods for lr in rates.get(m, rates.get("any"))), {}
     if not any(first.values()):
         raise ValueError("compare: no run ended well; their last lines stand above")
     name = metric_of(o, kind, first)
@@ -1712,11 +1767,13 @@ def listed(words):
     return list(dict.fromkeys(word for word in words.split(",") if word))
 
 
-def comparison(o, only=("nlg", "nlu")):
-    """-> nlg or nlu, seeds, the folder of all cells, as a command of this section was asked."""
-    if len(o.runs) != 1 or o.runs[0] not in only:
-        raise ValueError(f"expected {' or '.join(only)} behind the command, not {' '.join(o.runs) or 'nothing'}; then options, then -- and the script's own")
-    in_range(o, [(lambda v: v >= 1, "jobs")])
+def comparison(o, own):
+    """-> nlg or nlu, seeds, the folder of all cells, as a command of this section was asked. own: options of the script that the command itself sets."""
+    if len(o.runs) != 1 or o.runs[0] not in ("nlg", "nlu"):
+        raise ValueError(f"expected nlg or nlu behind the command, not {' '.join(o.runs) or 'nothing'}; then options, then -- and the script's own")
+    given = {word[2:].split("=")[0] for word in o.rest if word.startswith("--")}
+    if clash := given & {"seed", "out_dir", "against", "resume", "overwrite", "dry_run", *own.split()}:
+        raise ValueError(f"--{' --'.join(sorted(clash))} behind --: {o.command} sets that itself, or cannot use it")
     seeds = listed(o.seeds)
     if not seeds or not all(seed.isdigit() for seed in seeds):
         raise ValueError(f"--seeds={o.seeds}: expected at least one, like 0,1,2")
@@ -1741,6 +1798,8 @@ def metric_of(o, kind, runs):
     name, measured = o.metric or ("loss" if kind == "nlg" else run["metric"]), [key for key, value in run.items() if isinstance(value, float)]
     if name not in measured:
         raise ValueError(f"--metric={name}: {balora.nearest(name, measured)}measured were {', '.join(measured)}")
+    if lacking := [cell for cell, run in runs.items() if run and not isinstance(run.get(name), float)]:
+        raise ValueError(f"--metric={name}: {', '.join(lacking[:3])} has none; leave that out, or choose another")
     return name
 
 
@@ -1773,7 +1832,7 @@ def cell(kind, out, options):
         print(f"  {out} {time.time() - start:.0f} s", flush=True)
     record, steps = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
     return read_json(os.path.join(out, "eval.json"))[-1] | dict(
-        settings=record["settings"], trainable=record["trainable"], metric=record.get("metric", "loss"), speed=statistics.median(r["tokens_per_s"] for r in steps),
+        settings=record["settings"], device=record["device"], trainable=record["trainable"], metric=record.get("metric", "loss"), speed=statistics.median(r["tokens_per_s"] for r in steps),
         seconds=sum(r["seconds"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
 
 
@@ -1781,22 +1840,23 @@ def print_comparison(table, seeds, root):
     """Each method at its best learning rate, mean ± standard deviation over seeds, time and memory beside LoRA's (or the first method's), the whole sweep beside it."""
     anchor = table.get("lora") or next(iter(table.values()))
     speed, peak = (lambda row: statistics.median(run["speed"] for run in row["runs"])), (lambda row: max(run["peak"] for run in row["runs"]))
-    fewer = lambda values: f" (n = {len(values)})" if len(values) < len(seeds) else ""
     header = ("method", "trainable", "lr", anchor["name"], "drift", "time", "memory", f"sweep (seed {seeds[0]})")
     rows = []
     for method, row in table.items():
         values, drift = ([run.get(name) for run in row["runs"]] for name in (row["name"], "drift"))
-        rows.append((method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread(values) + fewer(values), spread(drift), f"{speed(anchor) / speed(row):.2f}",
+        rows.append((method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread(values, seeds=seeds), spread(drift), f"{speed(anchor) / speed(row):.2f}",
                      f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items())))
-    print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}")
+    print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}; the rate is the best of the sweep "
+          f"on these very rows with seed {seeds[0]}, which flatters methods with more rates")
     print_columns((header, *rows), os.path.join(root, "table.txt"))
 
 
-def spread(values, digits=4):
-    """Mean ± standard deviation, as far as there are values."""
+def spread(values, digits=4, seeds=()):
+    """Mean ± standard deviation; how many values, where they are fewer than `seeds`."""
     if not values or None in values:
         return "none"
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    deviation, fewer = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "", f" (n = {len(values)})" if len(values) < len(seeds) else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}{fewer}"
 
 
 def print_columns(rows, path):
@@ -1830,19 +1890,20 @@ def with_terms(kind, *terms):
 def ablation(o):
     """PiSSA, + each regularizer, BA-LoRA; and controls: label smoothing, weight decay, dropout in place of the terms, the terms on LoRA's start. `ablation nlg|nlu --seeds=0,1,2 -- OPTIONS`.
 
-    Label smoothing has the mean weight of L_CR's schedule, as a share of the task loss: λ̄/(1 + λ̄), λ̄ = 0.55 λ1.
+    Label smoothing has the mean weight of L_CR's schedule, as a share of the task loss: λ̄/(1 + λ̄), λ̄ = 0.55 λ1. Dropout is 0.2 in
+    encoders, which have 0.1 as published, and 0.1 in a LLaMA, which has none; weight decay 0.3.
     """
-    kind, seeds, root = comparison(o)
+    kind, seeds, root = comparison(o, "method lambda1 lambda2 lambda3 label_smoothing")
     weight = 0.55 * LAMBDAS[kind][0]
     pissa, lora = ["--method=pissa"], ["--method=lora"]
     variants = {"pissa": pissa} | {f"pissa+{term}": pissa + with_terms(kind, term) for term in ("cr", "dr", "svdr")} | {
         "balora": ["--method=balora"], "pissa+smoothing": [*pissa, f"--label_smoothing={weight / (1 + weight):.4f}"], "pissa+decay": [*pissa, "--weight_decay=0.3"],
-        "pissa+dropout": [*pissa, "--dropout=0.1"], "lora": lora, "lora+terms": lora + with_terms(kind, "cr", "dr", "svdr")}
+        "pissa+dropout": [*pissa, *(["--dropout=0.2", "--cls_dropout=0.2"] if kind == "nlu" else ["--dropout=0.1"])], "lora": lora, "lora+terms": lora + with_terms(kind, "cr", "dr", "svdr")}
     found, name = run_variants(o, kind, root, seeds, variants)
     rows, gains = [("", name, "against PiSSA, paired", "seeds above", "drift", "against PiSSA, paired")], {}
     for variant, runs in found.items():
         drift = [run.get("drift") for run in runs.values()]
-        row = [variant, spread([run[name] for run in runs.values()]), "", "", spread(drift), ""]
+        row = [variant, spread([run[name] for run in runs.values()], seeds=seeds), "", "", spread(drift), ""]
         if variant != "pissa":
             gains[variant] = paired(runs, found["pissa"], name)
             row[2:4] = spread(gains[variant]), f"{sum(g > 0 for g in gains[variant])} of {len(gains[variant])}"
@@ -1859,13 +1920,13 @@ def noise(o):
     --inits=roberta-base,t5-base compares models in place of levels, as the poster does (which confounds noise with architecture). The slope of the gain
     against the level is least squares over all pairs, with a 95 % interval.
     """
-    kind, seeds, root = comparison(o)
+    kind, seeds, root = comparison(o, "method init pretrain_noise")
     levels, methods = listed(o.inits or o.levels), ("lora", "pissa", "balora")
     option = "init" if o.inits else "pretrain_noise"
     found, name = run_variants(o, kind, root, seeds, {f"{m}-{level}": [f"--method={m}", f"--{option}={level}"] for level in levels for m in methods})
     rows, gains = [("", *(f"{option} {level}" for level in levels), *(f"drift at {level}" for level in levels))], {}
     for m in methods:
-        values = lambda key: [spread([run.get(key) for run in found[f"{m}-{level}"].values()]) for level in levels]
+        values = lambda key: [spread([run.get(key) for run in found[f"{m}-{level}"].values()], seeds=seeds) for level in levels]
         rows.append((m, *values(name), *values("drift")))
     for other in ("pissa", "lora"):
         gains[other] = {level: paired(found[f"balora-{level}"], found[f"{other}-{level}"], name) for level in levels}
@@ -1882,7 +1943,7 @@ def slope(by_level, name):
     """{level: gains} -> words: the least-squares slope of gain against level with its 95 % interval."""
     from scipy import stats
     points = [(float(level), gain) for level, gains in by_level.items() for gain in gains]
-    if len(points) < 3 or len(by_level) < 2:
+    if len(points) < 3 or len({level for level, _ in points}) < 2:
         return "too few runs for a slope"
     fit = stats.linregress(*zip(*points))
     half = stats.t.ppf(0.975, len(points) - 2) * fit.stderr
@@ -1894,7 +1955,7 @@ FACTORS = dict(lambda1=5, lambda2=5, lambda3=5, T=2, K=4, k=5, r=2)             
 
 def sensitivity(o):
     """BA-LoRA's knobs one at a time, each at its default divided and multiplied by its factor (FACTORS). `sensitivity nlg|nlu --seeds=0,1,2 -- OPTIONS`."""
-    kind, seeds, root = comparison(o)
+    kind, seeds, root = comparison(o, "method")
     found, name = run_variants(o, kind, root, seeds, {"balora": ["--method=balora"]})
     settings, values, variants = next(iter(found["balora"].values()))["settings"], {}, {}
     for knob, factor in FACTORS.items():
@@ -1906,7 +1967,7 @@ def sensitivity(o):
     more, _ = run_variants(o, kind, root, seeds, variants)
     rows, curves = [("", name, "against the default, paired", "drift")], {}
     for variant, runs in (found | more).items():
-        rows.append((variant, spread([run[name] for run in runs.values()]), spread(paired(runs, found["balora"], name)) if variant != "balora" else "",
+        rows.append((variant, spread([run[name] for run in runs.values()], seeds=seeds), spread(paired(runs, found["balora"], name)) if variant != "balora" else "",
                      spread([run.get("drift") for run in runs.values()])))
     for knob, (low, high) in values.items():
         points = {low: more[f"{knob}={low}"], settings[knob]: found["balora"], high: more[f"{knob}={high}"]}
@@ -1917,17 +1978,17 @@ def sensitivity(o):
 
 
 def efficiency(o):
-    """The poster's efficiency table: peak memory, time of all steps, metric of --methods, as figures and as ratios to LoRA. `efficiency nlg --methods=full,lora,pissa,balora -- OPTIONS`."""
-    kind, seeds, root = comparison(o)
+    """The poster's efficiency table: peak memory, time of all steps (not of initialisation, nor of the NLU teacher's one pass), metric of --methods. `efficiency nlg --methods=full,lora,pissa,balora -- OPTIONS`."""
+    kind, seeds, root = comparison(o, "method")
     methods = ("full", "lora", "pissa", "balora") if o.methods == "all" else able_methods(o, kind)
     found, name = run_variants(o, kind, root, seeds, {m: [f"--method={m}"] for m in methods})
     ended = {m: list(runs.values()) for m, runs in found.items() if runs}
     anchor = ended.get("lora") or next(iter(ended.values()))
     peak, seconds = (lambda runs: max(run["peak"] for run in runs)), (lambda runs: statistics.median(run["seconds"] for run in runs))
-    rows = [("", "peak GiB", "ratio", "training, min", "ratio", name)]
-    rows += [(m, f"{peak(runs):.2f}", f"{peak(runs) / peak(anchor):.2f}", f"{seconds(runs) / 60:.1f}", f"{seconds(runs) / seconds(anchor):.2f}", spread([run[name] for run in runs]))
+    rows = [("", "peak GiB", "ratio", "all steps, min", "ratio", name)]
+    rows += [(m, f"{peak(runs):.2f}", f"{peak(runs) / peak(anchor):.2f}", f"{seconds(runs) / 60:.1f}", f"{seconds(runs) / seconds(anchor):.2f}", spread([run[name] for run in runs], seeds=seeds))
              for m, runs in ended.items()]
-    print(f"\nseeds {', '.join(seeds)}; ratios to {'lora' if 'lora' in ended else next(iter(ended))}; {device_name(pick_device('auto'))}"
+    print(f"\nseeds {', '.join(seeds)}; ratios to {'lora' if 'lora' in ended else next(iter(ended))}; {anchor[0]['device']}"
           + (f"; {o.jobs} runs at a time, so times mean little" if o.jobs > 1 else ""))
     print_columns(rows, os.path.join(root, "table.txt"))
 
@@ -1988,49 +2049,72 @@ def variant(settings):
 
 
 def run_scores(run, record):
-    """{benchmark: score} of a run folder: of a classifier its task's metric at the last evaluation, otherwise what the benchmarks left there; in %, MT-Bench 1-10."""
+    """{benchmark: (score, what was asked)} of a run folder: of a classifier its task's metric at the last evaluation, otherwise what the benchmarks left there; in %, MT-Bench 1-10.
+
+    Answers of another adapter than the folder's, and files that are not complete, are left out, and named.
+    """
     if "task" in record["settings"]:
         if "metric" not in record:
             raise ValueError(f"{run}: its config.json names no metric; it was made by an older version, run it anew")
-        return {record["settings"]["task"]: 100 * read_json(os.path.join(run, "eval.json"))[-1][record["metric"]]}
-    found, right = {}, lambda line: line["got"] is not None and line["got"] == line["gold"]
-    judges = {"gsm8k": ("gsm8k", right), "math": ("math", lambda line: None not in (line["got"], line["gold"]) and normalise(line["got"]) == normalise(line["gold"])),
-              "humaneval": ("humaneval-results", lambda line: line["passed"]), "mbpp": ("mbpp-results", lambda line: line["passed"])}
-    for name, (file, hit) in judges.items():
-        if lines := whole_lines(os.path.join(run, f"{file}.jsonl"))[1:]:
-            found[name] = 100 * statistics.mean(hit(line) for line in lines)
-    for file in sorted(name for name in os.listdir(run) if name.startswith("mtbench-") and name.endswith("_single.jsonl")):
-        if ratings := [line["score"] for line in whole_lines(os.path.join(run, file)) if line["score"] != -1]:
-            found["mtbench"] = statistics.mean(ratings)
+        return {record["settings"]["task"]: (100 * read_json(os.path.join(run, "eval.json"))[-1][record["metric"]], "")}
+    found, lines_of = {}, lambda name: whole_lines(os.path.join(run, f"{name}.jsonl"))
+    adapter = file_hash(os.path.join(run, "adapter", "adapter_model.safetensors"))
+    for name, file, hit in (("gsm8k", "gsm8k", same_number), ("math", "math", same_form), *((n, f"{n}-results", lambda line: line["passed"]) for n in ("humaneval", "mbpp"))):
+        if lines := lines_of(file):
+            asked, done = lines_of(name)[:1] or [{}], len(lines) - 1
+            why = "answers of another adapter" if asked[0].get("adapter") != adapter else f"{done} of {lines[0].get('items')} items" if done != lines[0].get("items") else ""
+            if why:
+                print(f"{run}: {file}.jsonl left out ({why})")
+            else:
+                found[name] = 100 * statistics.mean(map(hit, lines[1:])), asked[0]["prompts"]
+    judged = sorted(name.removesuffix(".jsonl") for name in os.listdir(run) if name.startswith("mtbench-") and name.endswith("_single.jsonl"))
+    if len(judged) > 1:
+        raise ValueError(f"{run}: ratings of several judges, {', '.join(judged)}; keep those of one there")
+    for file in judged:
+        lines, turns = lines_of(file), 2 * len(lines_of("mtbench"))
+        if len(lines) < turns:
+            print(f"{run}: {file}.jsonl left out ({len(lines)} of {turns} turns are rated)")
+        elif ratings := [line["score"] for line in lines if line["score"] != -1]:
+            found["mtbench"] = statistics.mean(ratings), lines[0]["judge"][0]
     return found
+
+
+def same_but_seed(a, b):
+    """The first thing in which the records of two runs differ, other than the seed, as words; "" where they are one cell of a table."""
+    settings = [record["settings"] | ({"weights": record["weights_hash"]} if record["settings"]["init"] != "tiny" else {}) for record in (a, b)]
+    return next((f"{k} {settings[0].get(k)} and {settings[1].get(k)}" for k in settings[0] | settings[1]
+                 if k not in (*FREE, "seed") and settings[0].get(k) != settings[1].get(k)), "")
 
 
 def table(o):
     """The poster's tables from run folders: methods x benchmarks, mean ± deviation over seeds, parameters, average, best in bold. `table out/* --poster`."""
-    is_run = lambda run: all(os.path.exists(os.path.join(run, name)) for name in ("config.json", "eval.json"))
-    records = {run: read_json(os.path.join(run, "config.json")) for run in o.runs if is_run(run)}
+    ended = [run for run in o.runs if os.path.exists(os.path.join(run, "loss.png"))]                     # what a run writes last
+    records = {run: read_run(run) for run in ended}
     if not records:
-        raise ValueError(f"table: no run among {' '.join(o.runs) or 'nothing'}; expected run folders: python eval.py table out/*")
-    for run in set(o.runs) - records.keys():
-        print(f"{run}: not a run that got as far as an evaluation; left out")
+        raise ValueError(f"table: no finished run among {' '.join(o.runs) or 'nothing'}; expected run folders: python eval.py table out/*")
+    for run in o.runs:
+        if run not in records:
+            print(f"{run}: not a finished run; left out")
     kinds = {"nlu" if "task" in record["settings"] else "nlg" for record in records.values()}
     if len(kinds) > 1:
         raise ValueError("table: runs of train_nlg.py and of train_nlu.py have no benchmark in common; give the ones, then the others")
-    kind, cells, params = kinds.pop(), {}, {}
+    kind, cells, params, asked = kinds.pop(), {}, {}, {}
     for run, record in records.items():
-        key = os.path.basename(os.path.normpath(record["settings"]["init"])), variant(record["settings"])
+        key, seed = (os.path.basename(os.path.normpath(record["settings"]["init"])), variant(record["settings"])), record["settings"]["seed"]
         params[key] = record.get("trainable")
-        for name, score in run_scores(run, record).items():
-            cells.setdefault((key, name), {}).setdefault(record["settings"]["seed"], []).append((score, run))
-    for (key, name), by_seed in cells.items():
-        for seed, found in by_seed.items():
-            if len(found) > 1:
-                raise ValueError(f"table: {' and '.join(run for _, run in found)} are all {key[1]} on {name} with seed {seed}; give one of them")
+        for name, (score, prompts) in run_scores(run, record).items():
+            if asked.setdefault(name, (prompts, run))[0] != prompts:
+                raise ValueError(f"table: {asked[name][1]} and {run} answered other {name} items, or in another template, or had another judge")
+            others = cells.setdefault((key, name), {})
+            for other_seed, (_, other) in others.items():
+                if seed == other_seed or (differ := same_but_seed(records[other], record)):
+                    raise ValueError(f"table: {other} and {run} are both {key[1]} on {name}, with " + (f"seed {seed}" if seed == other_seed else differ) + "; give one of them")
+            others[seed] = score, run
     inits = list(dict.fromkeys(init for init, _ in params))
     names = [n for n in poster_values(kind)[0] if o.poster or any(name == n for _, name in cells)] + sorted({n for _, n in cells} - set(poster_values(kind)[0]))
     if not names:
         raise ValueError("table: these runs have no benchmark's results yet (python eval.py gsm8k --run=..., math, humaneval, mbpp, mtbench and judge)")
-    means = {at: statistics.mean(found[0][0] for found in by_seed.values()) for at, by_seed in cells.items()}
+    means = {at: statistics.mean(score for score, _ in by_seed.values()) for at, by_seed in cells.items()}
     lines = [["", "trainable", *names, "average"], ["---"] + ["---:"] * (len(names) + 2)]
     for init in inits:
         lines += [[f"**{init}**"] + [""] * (len(names) + 2)] * (len(inits) > 1)
@@ -2042,7 +2126,7 @@ def table(o):
         for key in keys:
             row = [key[1], f"{params[key]:,}" if params[key] else "-"]
             for n in names:
-                values = [found[0][0] for found in cells.get((key, n), {}).values()]
+                values = [score for score, _ in cells.get((key, n), {}).values()]
                 text = bold(spread(values, 2), means[key, n], n) if values else "-"
                 row.append(text + (f" ({theirs.get(key[1], {}).get(n, '-')})" if o.poster else ""))
             lines.append([*row, bold(f"{average[key]:.2f}", average[key], "average") if key in average else "-"])
@@ -2370,7 +2454,7 @@ class Options:
     limit: int = 0                    # then the first N of those; 0: all
     template: str = "alpaca"          # alpaca, plain, or text with {instruction}; a run brings its own
     prompt: str = ""                  # what to answer
-    max_new: int = 0                  # tokens an answer may take; 0: 1024 for math and mtbench, otherwise the run's, or 512
+    max_new: int = 0                  # tokens an answer may take, >= 0; 0: 1024 in benchmarks, 256 in sample
     loose: bool = False               # gsm8k: compare the whole number, not rounded; math: accept what is equal as mathematics
     temperature: float = 0.0          # 0: greedy
     top_p: float = 1.0                # sample from the likeliest tokens that reach this probability, in (0, 1]
@@ -2400,7 +2484,7 @@ class Options:
     methods: str = "all"              # comma-separated methods to compare; all
     sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from, of all methods or NAME=RATES
     seeds: str = "0,1,2"              # comma-separated seeds
-    metric: str = ""                  # what chooses the rate: a name in eval.json, higher is better; empty: the held-out loss (nlg), the task's own (nlu)
+    metric: str = ""                  # what chooses the rate: a name in eval.json, the higher the better but for loss, drift, passage_ppl; empty: the held-out loss (nlg), the task's own (nlu)
     jobs: int = 1                     # runs at a time, >= 1 (with OMP_NUM_THREADS=1 a run a core; times then mean little)
     levels: str = "0,0.2,0.4"         # comma-separated shares of wrong facts in the tiny model's pre-training
     inits: str = ""                   # comma-separated models to compare in place of levels
@@ -2431,7 +2515,7 @@ COMMANDS = {                          # name: (function, the options it reads)
     "bench": (bench, "init rows length steps r only device compile"),
     "bench-encoder": (bench_encoder, "rows length steps device dtype"),
     "bench-init": (bench_init, "init steps r"),
-    "bench-generate": (bench_generate, "init data prompt_field response_field last limit template max_new batch_size steps device dtype run"),
+    "bench-generate": (bench_generate, "init data prompt_field response_field last limit template max_new batch_size steps device dtype"),
     "precision": (precision, "init steps r out"),
     "bench-worker": (bench_worker, "init rows length r only device compile"),
 }
@@ -2459,6 +2543,8 @@ def main(argv):
     options.command, options.rest, options.data = argv[0], argv[cut + 1:], options.data or DATA.get(argv[0], "")
     if options.rest and "jobs" not in reads:
         raise ValueError(f"{argv[0]}: takes no options of another script after --")
+    in_range(options, [(lambda v: v >= 1, "batch_size rows length steps r n jobs parallel"), (lambda v: v >= 0, "last limit max_new temperature retries"),
+                       (lambda v: 0 < v <= 1, "top_p"), (lambda v: v > 0, "timeout")])
     function(options)
 
 

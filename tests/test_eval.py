@@ -277,7 +277,7 @@ def test_gsm8k_goes_on_where_it_was_stopped(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == first and sorted(path.read_text().splitlines()) == sorted(lines)
     with pytest.raises(ValueError, match="was made with"):
         command(*args[:-2], "--max_new=5")
-    right = [dict(row=i, sample=0, answer="The answer is: 5", got=5, gold=5) for i in range(8)]
+    right = [dict(row=i, sample=0, tokens=1, answer="The answer is: 5", got=5, gold=5) for i in range(8)]
     path.write_text("\n".join([lines[0], *map(json.dumps, right)]) + "\n")
     command(*args)
     assert "exact match 100.00 % (8 of 8)" in capsys.readouterr().out
@@ -315,22 +315,27 @@ def test_bad_commands(argv, words):
 
 def fake_run(folder, method, seed, scores, **settings):
     """A run folder with the results that a language model's benchmarks leave there: {benchmark: hits of 10}."""
-    folder.mkdir(parents=True)
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_model.safetensors").write_bytes(f"{method} {seed}".encode())
+    (folder / "loss.png").write_bytes(b"")
     lambdas = dict(zip(("lambda1", "lambda2", "lambda3"), (0.1,) * 3 if method == "balora" else (0,) * 3)) | settings
-    (folder / "config.json").write_text(json.dumps(dict(settings=dict(init="base", method=method, seed=seed) | lambdas, trainable=1234)))
-    (folder / "eval.json").write_text("[]")
+    (folder / "config.json").write_text(json.dumps(dict(settings=dict(init="base", method=method, seed=seed) | lambdas, trainable=1234, weights_hash="w")))
+    head = dict(adapter=eval.file_hash(folder / "adapter/adapter_model.safetensors"), items=10, prompts="p")
     for name, hits in scores.items():
         line = (lambda i: dict(got=1, gold=int(i < hits))) if name == "gsm8k" else (lambda i: dict(got="\\frac12", gold="\\frac{1}{2}" if i < hits else "3")) if name == "math" else \
             (lambda i: dict(passed=i < hits))
         file = {"humaneval": "humaneval-results", "mbpp": "mbpp-results"}.get(name, name)
-        (folder / f"{file}.jsonl").write_text("\n".join(json.dumps(line(i) if i >= 0 else {}) for i in range(-1, 10)) + "\n")
+        (folder / f"{file}.jsonl").write_text("\n".join(json.dumps(line(i) if i >= 0 else head) for i in range(-1, 10)) + "\n")
+        if file != name:
+            (folder / f"{name}.jsonl").write_text(json.dumps(head) + "\n")
     return folder
 
 
 def test_table_of_runs(tmp_path, capsys):
     every = dict(gsm8k=5, math=2, humaneval=1, mbpp=4)
     runs = [fake_run(tmp_path / f"balora-{seed}", "balora", seed, every | dict(gsm8k=5 + seed)) for seed in (0, 1)]
-    (runs[0] / "mtbench-gpt-4_single.jsonl").write_text("".join(json.dumps(dict(score=score)) + "\n" for score in (8, 6, -1)))
+    (runs[0] / "mtbench-gpt-4_single.jsonl").write_text("".join(json.dumps(dict(score=score, judge=["gpt-4", "x"])) + "\n" for score in (8, 6, 7, -1)))
+    (runs[0] / "mtbench.jsonl").write_text("{}\n{}\n")
     runs += [fake_run(tmp_path / "lora", "lora", 0, dict(gsm8k=7)), fake_run(tmp_path / "cr", "pissa", 0, dict(math=1), lambda1=0.025)]
     command("table", *runs, f"--out={tmp_path}/t.md")
     out = capsys.readouterr().out
@@ -340,10 +345,33 @@ def test_table_of_runs(tmp_path, capsys):
     assert rows["lora"] == ["1,234", "**70.00**", "-", "-", "-", "-", "-"] and rows["pissa+cr"][2] == "10.00" and "8 cells of 15 have no run" in out
     command("table", *runs[2:], "--poster", f"--out={tmp_path}/t.md")
     assert "| **70.00** (42.68±0.54) | - (5.92±0.15) |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="are all lora on gsm8k with seed 0"):
-        command("table", runs[2], fake_run(tmp_path / "twin", "lora", 0, dict(gsm8k=1)))
-    with pytest.raises(ValueError, match="no run among"):
+    for case, words in ((dict(seed=0), "are both lora on gsm8k, with seed 0"), (dict(seed=1, learning_rate=1), "with learning_rate None and 1"), (dict(seed=1, init="/x/base"), "with init base and /x/base")):
+        seed, settings = case["seed"], {k: v for k, v in case.items() if k != "seed"}
+        with pytest.raises(ValueError, match=words):
+            command("table", runs[2], fake_run(tmp_path / f"twin{len(words)}", "lora", seed, dict(gsm8k=1), **settings))
+    with pytest.raises(ValueError, match="no finished run among"):
         command("table", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        (tmp_path / "lora/config.json").write_text("{}")
+        command("table", runs[2])
+
+
+def test_table_leaves_out_what_is_not_of_the_run_or_not_complete(tmp_path, capsys):
+    run = fake_run(tmp_path / "a", "lora", 0, dict(gsm8k=5, math=5, humaneval=5))
+    (run / "adapter/adapter_model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(ValueError, match="no benchmark's results yet"):
+        command("table", run)
+    assert capsys.readouterr().out.count("answers of another adapter") == 3
+    other = fake_run(tmp_path / "b", "lora", 0, dict(gsm8k=5, math=5))
+    lines = (other / "gsm8k.jsonl").read_text().splitlines()
+    (other / "gsm8k.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[7][:5])
+    before = (other / "gsm8k.jsonl").read_text()
+    command("table", other, tmp_path / "nowhere", f"--out={tmp_path}/t.md")
+    out = capsys.readouterr().out
+    assert "gsm8k.jsonl left out (6 of 10 items)" in out and "nowhere: not a finished run" in out and "| math |" in out and (other / "gsm8k.jsonl").read_text() == before
+    (other / "math.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="math.jsonl: damaged"):
+        command("table", other)
 
 
 def test_the_posters_values_average_as_printed():
@@ -362,7 +390,7 @@ def test_the_posters_values_average_as_printed():
 def test_slope_is_least_squares_with_its_interval():
     by_level = {"0": [0.0, 0.1], "0.2": [0.2, 0.3], "0.4": [0.4, 0.5]}
     assert eval.slope(by_level, "accuracy").startswith("slope +1.000 accuracy a unit of noise, 95 % interval +0.575 to +1.425 (6 pairs)")
-    assert "too few" in eval.slope({"0": [1.0]}, "accuracy")
+    assert "too few" in eval.slope({"0": [1.0]}, "accuracy") and "too few" in eval.slope({"0": [1.0, 2.0, 1.5], "0.2": []}, "accuracy")
 
 
 # presets of compare: what they run, and what they make of it (the runs themselves: tests/test_train_nlg.py, test_train_nlu.py)
@@ -380,7 +408,7 @@ def cells(monkeypatch):
         seed, noise = int(given["seed"]), float(given.get("pretrain_noise", 0))
         accuracy = 0.5 + 0.01 * seed + 0.1 * (given["method"] == "balora") * (1 + noise) + 0.02 * bool(float(given.get("lambda1", 0)))
         settings = dict(lambda1=0.15, lambda2=0.03, lambda3=0.03, T=2.0, k=5, r=8, alpha=8.0)
-        return dict(accuracy=accuracy, loss=1 - accuracy, drift=0.1 * seed, settings=settings, trainable=10, metric="accuracy", speed=100.0, seconds=60.0 * (2 if given["method"] == "full" else 1),
+        return dict(device="cpu", accuracy=accuracy, loss=1 - accuracy, drift=0.1 * seed, settings=settings, trainable=10, metric="accuracy", speed=100.0, seconds=60.0 * (2 if given["method"] == "full" else 1),
                     peak=2.0 if given["method"] == "full" else 1.0)
     monkeypatch.setattr(eval, "cell", cell)
     return asked
@@ -395,7 +423,7 @@ def test_ablation_has_the_posters_rows_and_its_controls(cells, tmp_path, capsys)
     out = capsys.readouterr().out
     assert len(cells) == 30 and all(options[0] == "--init=x" for options in cells.values())
     assert cells["pissa+dr-1"] == ["--init=x", "--method=pissa", "--lambda2=0.03", "--seed=1"] and cells["lora+terms-0"][1:5] == ["--method=lora", "--lambda1=0.15", "--lambda2=0.03", "--lambda3=0.03"]
-    assert "--label_smoothing=0.0762" in cells["pissa+smoothing-0"] and "--dropout=0.1" in cells["pissa+dropout-2"]
+    assert "--label_smoothing=0.0762" in cells["pissa+smoothing-0"] and "--dropout=0.2" in cells["pissa+dropout-2"]
     assert words_of(out, "balora") == ["balora", "0.6100 ± 0.0100", "0.1000 ± 0.0000", "3 of 3", "0.1000 ± 0.1000", "0.0000 ± 0.0000"]
     assert words_of(out, "pissa+cr")[2:4] == ["0.0200 ± 0.0000", "3 of 3"] and words_of(out, "pissa+decay")[1:3] == ["none", "none"]
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "table.txt").read_text() in out
@@ -422,6 +450,8 @@ def test_efficiency_is_ratios_to_lora(cells, tmp_path, capsys):
     command("efficiency", "nlg", "--seeds=0", "--metric=loss", f"--out={tmp_path}")
     out = capsys.readouterr().out
     assert words_of(out, "full")[1:5] == ["2.00", "2.00", "2.0", "2.00"] and words_of(out, "lora")[1:5] == ["1.00", "1.00", "1.0", "1.00"]
-    for bad, words in ((["efficiency"], "expected nlg or nlu"), (["noise", "nlg", "--seeds=a"], "--seeds=a"), (["ablation", "nlg", "--jobs=0"], "--jobs=0"), (["table", "--", "--x=1"], "no options of another")):
+    for bad, words in ((["efficiency"], "expected nlg or nlu"), (["noise", "nlg", "--seeds=a"], "--seeds=a"), (["ablation", "nlg", "--jobs=0"], "--jobs=0"),
+                       (["ablation", "nlu", "--", "--lambda1=0.3"], "--lambda1 behind --"), (["noise", "nlu", "--", "--init=minilm"], "--init behind --"), (["gsm8k", "--run=x", "--limit=-1"], "--limit=-1"),
+                       (["sample", "--init=x", "--top_p=0"], "--top_p=0"), (["compare", "nlg", "--sweep_lr=1e-3 1e-4"], "two lists for all methods"), (["gsm8k", f"--run={tmp_path}/r"], "no such file"), (["table", "--", "--x=1"], "no options of another")):
         with pytest.raises(ValueError, match=words):
             command(*bad)
