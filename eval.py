@@ -2086,13 +2086,13 @@ def same_but_seed(a, b):
                  if k not in (*FREE, "seed") and settings[0].get(k) != settings[1].get(k)), "")
 
 
-def table(o):
-    """The poster's tables from run folders: methods x benchmarks, mean ± deviation over seeds, parameters, average, best in bold. `table out/* --poster`."""
-    ended = [run for run in o.runs if os.path.exists(os.path.join(run, "loss.png"))]                     # what a run writes last
+def table_cells(runs):
+    """Run folders -> nlg or nlu, {((init, variant), benchmark): {seed: (score, run)}}, {(init, variant): trainable parameters}. Only finished, like runs share a cell."""
+    ended = [run for run in runs if os.path.exists(os.path.join(run, "loss.png"))]                     # what a run writes last
     records = {run: read_run(run) for run in ended}
     if not records:
-        raise ValueError(f"table: no finished run among {' '.join(o.runs) or 'nothing'}; expected run folders: python eval.py table out/*")
-    for run in o.runs:
+        raise ValueError(f"table: no finished run among {' '.join(runs) or 'nothing'}; expected run folders: python eval.py table out/*")
+    for run in runs:
         if run not in records:
             print(f"{run}: not a finished run; left out")
     kinds = {"nlu" if "task" in record["settings"] else "nlg" for record in records.values()}
@@ -2110,8 +2110,15 @@ def table(o):
                 if seed == other_seed or (differ := same_but_seed(records[other], record)):
                     raise ValueError(f"table: {other} and {run} are both {key[1]} on {name}, with " + (f"seed {seed}" if seed == other_seed else differ) + "; give one of them")
             others[seed] = score, run
+    return kind, cells, params
+
+
+def table(o):
+    """The poster's tables from run folders: methods x benchmarks, mean ± deviation over seeds, parameters, average, best in bold. `table out/* --poster`."""
+    kind, cells, params = table_cells(o.runs)
     inits = list(dict.fromkeys(init for init, _ in params))
-    names = [n for n in poster_values(kind)[0] if o.poster or any(name == n for _, name in cells)] + sorted({n for _, n in cells} - set(poster_values(kind)[0]))
+    known = poster_values(inits[0] if all(init in POSTER for init in inits) else kind)[0]      # RoBERTa's and T5's tables have five of the eight tasks
+    names = [n for n in known if o.poster or any(name == n for _, name in cells)] + sorted({n for _, n in cells} - set(known))
     if not names:
         raise ValueError("table: these runs have no benchmark's results yet (python eval.py gsm8k --run=..., math, humaneval, mbpp, mtbench and judge)")
     means = {at: statistics.mean(score for score, _ in by_seed.values()) for at, by_seed in cells.items()}
