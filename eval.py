@@ -1978,7 +1978,10 @@ def sensitivity(o):
 
 
 def efficiency(o):
-    """The poster's efficiency table: peak memory, time of all steps (not of initialisation, nor of the NLU teacher's one pass), metric of --methods. `efficiency nlg --methods=full,lora,pissa,balora -- OPTIONS`."""
+    """The poster's efficiency table: peak memory, time, metric of --methods. `efficiency nlg --methods=full,lora,pissa,balora -- OPTIONS`.
+
+    Time is that of all steps, without initialisation and the NLU teacher's one pass over the training rows.
+    """
     kind, seeds, root = comparison(o, "method")
     methods = ("full", "lora", "pissa", "balora") if o.methods == "all" else able_methods(o, kind)
     found, name = run_variants(o, kind, root, seeds, {m: [f"--method={m}"] for m in methods})
@@ -1986,8 +1989,8 @@ def efficiency(o):
     anchor = ended.get("lora") or next(iter(ended.values()))
     peak, seconds = (lambda runs: max(run["peak"] for run in runs)), (lambda runs: statistics.median(run["seconds"] for run in runs))
     rows = [("", "peak GiB", "ratio", "all steps, min", "ratio", name)]
-    rows += [(m, f"{peak(runs):.2f}", f"{peak(runs) / peak(anchor):.2f}", f"{seconds(runs) / 60:.1f}", f"{seconds(runs) / seconds(anchor):.2f}", spread([run[name] for run in runs], seeds=seeds))
-             for m, runs in ended.items()]
+    rows += [(m, f"{peak(runs):.2f}", f"{peak(runs) / peak(anchor):.2f}", f"{seconds(runs) / 60:.1f}", f"{seconds(runs) / seconds(anchor):.2f}",
+              spread([run[name] for run in runs], seeds=seeds)) for m, runs in ended.items()]
     print(f"\nseeds {', '.join(seeds)}; ratios to {'lora' if 'lora' in ended else next(iter(ended))}; {anchor[0]['device']}"
           + (f"; {o.jobs} runs at a time, so times mean little" if o.jobs > 1 else ""))
     print_columns(rows, os.path.join(root, "table.txt"))
@@ -2491,7 +2494,7 @@ class Options:
     methods: str = "all"              # comma-separated methods to compare; all
     sweep_lr: str = "3e-4,1e-3,3e-3"  # comma-separated learning rates to choose from, of all methods or NAME=RATES
     seeds: str = "0,1,2"              # comma-separated seeds
-    metric: str = ""                  # what chooses the rate: a name in eval.json, the higher the better but for loss, drift, passage_ppl; empty: the held-out loss (nlg), the task's own (nlu)
+    metric: str = ""                  # a name in eval.json, the higher the better but for loss, drift, passage_ppl; empty: the held-out loss (nlg), the task's own (nlu)
     jobs: int = 1                     # runs at a time, >= 1 (with OMP_NUM_THREADS=1 a run a core; times then mean little)
     levels: str = "0,0.2,0.4"         # comma-separated shares of wrong facts in the tiny model's pre-training
     inits: str = ""                   # comma-separated models to compare in place of levels
