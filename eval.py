@@ -2161,15 +2161,17 @@ CONTESTANTS = {
     "pissa-peft": "PiSSA, peft + transformers",
     "balora-authors": "BA-LoRA, the authors' formulation on peft + transformers",
 }
+METHOD_STEPS = ("full", "lora", "lora-fa", "adalora", "dora", "pissa", "balora")        # --only=methods: every kind of step; the other methods differ from these at the start alone
 
 
 def bench(o):
     """Time a training step of each contestant, alternating, every one in a process of its own; median step time and peak memory as ratios."""
     device = pick_device(o.device)
-    names = o.only.split(",") if o.only else list(CONTESTANTS)
-    unknown = [n for n in names if n not in CONTESTANTS]
+    titles = {name: f"{name}, this project" for name in METHOD_STEPS} | CONTESTANTS
+    names = list(METHOD_STEPS) if o.only == "methods" else o.only.split(",") if o.only else list(CONTESTANTS)
+    unknown = [n for n in names if n not in titles]
     if unknown:
-        raise ValueError(f"--only={','.join(unknown)}: known are {', '.join(CONTESTANTS)}")
+        raise ValueError(f"--only={','.join(unknown)}: known are methods (all of {', '.join(METHOD_STEPS)}), {', '.join(titles)}")
     with tempfile.TemporaryDirectory() as folder:
         net, tok = model.load(o.init, dtype=torch.bfloat16)
         net.save(folder, tok)
@@ -2190,13 +2192,14 @@ def bench(o):
     medians = {name: statistics.median(t) for name, t in times.items()}
     print(f"\n{'':<58}{'step s':>8}{'spread':>14}{'GiB':>7}{'first s':>9}")
     for name in names:
-        print(f"{CONTESTANTS[name]:<58}{medians[name]:>8.3f}{min(times[name]):>7.2f}-{max(times[name]):<6.2f}{peaks[name]:>7.2f}{start_up[name]:>9.1f}")
+        print(f"{titles[name]:<58}{medians[name]:>8.3f}{min(times[name]):>7.2f}-{max(times[name]):<6.2f}{peaks[name]:>7.2f}{start_up[name]:>9.1f}")
     print()
-    for name, other in (("balora", "balora-authors"), ("pissa", "pissa-peft"), ("balora", "pissa"), ("balora-quarter", "pissa"), ("balora-cr", "pissa"),
+    pairs = [(name, "lora") for name in names if "lora" in names and name != "lora"]
+    for name, other in (*pairs, ("balora", "balora-authors"), ("pissa", "pissa-peft"), ("balora", "pissa"), ("balora-quarter", "pissa"), ("balora-cr", "pissa"),
                         ("balora-dr", "pissa"), ("balora-svdr", "pissa")):
         if name in names and other in names:
             ratio = statistics.median(a / b for a, b in zip(times[name], times[other]))
-            print(f"{CONTESTANTS[name]} / {CONTESTANTS[other]}: time {ratio:.2f}, memory {peaks[name] / peaks[other]:.2f}")
+            print(f"{titles[name]} / {titles[other]}: time {ratio:.2f}, memory {peaks[name] / peaks[other]:.2f}")
 
 
 def ask(worker, name, word):
@@ -2229,25 +2232,37 @@ def bench_worker(o):
 
 
 def our_step(o, ids, valid):
-    net, tok = model.load(o.init, dtype=torch.bfloat16, device=o.device)
-    balora.attach(net, "pissa", r=o.r)
+    method = o.only if o.only in METHOD_STEPS else "pissa"                       # balora-... are PiSSA with some of the terms
+    full = method == "full"
+    net, tok = model.load(o.init, dtype=torch.float32 if full else torch.bfloat16, device=o.device)
+    balora.attach(net, method, r=o.r)
+    net.autocast = torch.bfloat16 if full else None
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5, fused=o.device.startswith("cuda"))
-    E, R, y = net.head, balora.head_factor(net.head), ids.roll(-1, 1)[valid]
-    lambdas = {"pissa": (0, 0, 0), "balora-cr": (0.025, 0, 0), "balora-dr": (0, 0.005, 0), "balora-svdr": (0, 0, 0.005)}.get(o.only, (0.025, 0.005, 0.005))
+    E, R, y = (None, None, ids.roll(-1, 1)[valid]) if full else (net.head, balora.head_factor(net.head), ids.roll(-1, 1)[valid])
+    only = {"balora": (0.025, 0.005, 0.005), "balora-quarter": (0.025, 0.005, 0.005), "balora-cr": (0.025, 0, 0), "balora-dr": (0, 0.005, 0), "balora-svdr": (0, 0, 0.005)}
+    lambdas, steps = only.get(o.only, (0, 0, 0)), 0
     taught = 0 if not lambdas[0] else max(1, o.rows // 4) if o.only == "balora-quarter" else o.rows
     if o.compile:
         net.compile_blocks()
     net.train()
 
     def step():
+        nonlocal steps
         H_P = None
         if taught:
             with balora.teacher(net):
                 H_P = net.hidden(ids[:taught])[valid[:taught]]
-        total, _ = balora.loss_nlg(net.hidden(ids)[valid], y, E, H_P, lambdas, cr_scale=o.rows / max(taught, 1), R=R, compile=o.compile)
+        H_F = net.hidden(ids)[valid]
+        H_F = F.linear(H_F, net.head) if full else H_F                           # a head that trains: logits, as in train_nlg.py
+        total, _ = balora.loss_nlg(H_F, y, E, H_P, lambdas, cr_scale=o.rows / max(taught, 1), R=R, compile=o.compile)
         total.backward()
+        if method == "adalora":
+            (0.1 * balora.orthogonality(net)).backward()
         optimizer.step()
+        if method == "adalora":
+            balora.allocate(net, steps, 1000, o.r, 100, 300, 10)
         optimizer.zero_grad(set_to_none=True)
+        steps += 1
     return step
 
 

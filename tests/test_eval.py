@@ -455,3 +455,21 @@ def test_efficiency_is_ratios_to_lora(cells, tmp_path, capsys):
                        (["sample", "--init=x", "--top_p=0"], "--top_p=0"), (["compare", "nlg", "--sweep_lr=1e-3 1e-4"], "two lists for all methods"), (["gsm8k", f"--run={tmp_path}/r"], "no such file"), (["table", "--", "--x=1"], "no options of another")):
         with pytest.raises(ValueError, match=words):
             command(*bad)
+
+
+@pytest.mark.parametrize("name", [*eval.METHOD_STEPS, "balora-quarter", "balora-svdr"])
+def test_a_bench_contestant_trains_what_its_method_trains(name, run):
+    import types
+    ids, valid = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0)), torch.zeros(4, 24, dtype=torch.bool)
+    valid[:, 11:-1] = True
+    nets, real = [], model.load
+    step = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load", lambda *a, **k: nets.append(real(*a, **k)) or nets[-1])
+        step = eval.our_step(types.SimpleNamespace(only=name, init=f"{run}/base", device="cpu", r=4, rows=4, compile=False), ids, valid)
+    net = nets[0][0]
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for _ in range(2):
+        step()
+    moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in net.named_parameters() if p.requires_grad} and bool(balora.adapted_layers(net)) == (name != "full")
