@@ -254,7 +254,7 @@ def fails(capsys, monkeypatch, *argv):
     (["--lambda1=-1"], "--lambda1=-1.0"), (["--consistency_rate=0"], "in (0, 1]"), (["--data=nowhere.json"], "nowhere.json"), (["--eval_rows=60"], "nothing is left"),
     (["--max_len=3"], "template alone"), (["--max_len=5"], "no row is left"), (["--targets=w_proj"], "nothing matches w_proj"), (["--dtype=int8"], "expected auto"),
     (["--prompt_field=text"], "its fields are question, answer"), (["--learning_rate=nan"], "--learning_rate=nan"), (["--init=nowhere"], "expected one of"), (["--template=x"], "{instruction}"),
-    (["--r=two"], "invalid int"), (["--pretrain_noise=2"], "in [0, 1]"),
+    (["--r=two"], "invalid int"), (["--init=tiny", "--pretrain_noise=2"], "in [0, 1]"), (["--pretrain_noise=0.5"], "only tiny is pre-trained here"),
 ])
 def test_bad_input(base, capsys, monkeypatch, argv, words):
     assert words in fails(capsys, monkeypatch, *argv, "--max_iters=1", "--out_dir=o")
@@ -345,7 +345,7 @@ def test_compare_runs_each_cell_once_and_takes_each_methods_best_rate(base, monk
                 return types.SimpleNamespace(returncode=2)
         return types.SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", inside)
-    argv = ["compare", "nlg", "--methods=lora,pissa,lora-ga", "--sweep_lr=1e-5,1e-2", "--seeds=0,1", "--out=c", "--", *COMMON, "--max_iters=4", "--calibration=3", "--gamma=0.5"]
+    argv = ["compare", "nlg", "--methods=lora,pissa,lora-ga", "--sweep_lr=1e-5,1e-2", "--seeds=0,1", "--out=c", "--", *[word for word in COMMON if "learning_rate" not in word], "--max_iters=4", "--calibration=3", "--gamma=0.5"]
     eval.main(argv)
     out = capsys.readouterr().out
     assert out.count("python train_nlg.py --init=base") == 9 and "--method=pissa --learning_rate=1e-2 --seed=1 --out_dir=c/pissa-1e-2-1" in out

@@ -289,7 +289,9 @@ def test_compare_nlu_trains_each_method_alone(base, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: (train_nlu.main(argv[2:]), subprocess.CompletedProcess(argv, 0))[1] if "train_nlu.py" in str(argv[1]) else
                         subprocess.CompletedProcess(argv, 0, stdout=""))
     argv = ["compare", "nlu", "--methods=lora,bitfit", "--sweep_lr=1e-4,1e-2", "--seeds=0,1", "--out=c"]
-    options = ["--", *[word for word in COMMON if "learning_rate" not in word], "--against=pissa"]
+    options = ["--", *[word for word in COMMON if "learning_rate" not in word]]
+    with pytest.raises(ValueError, match="--against behind --: compare sets that itself"):
+        eval.main([*argv, *options, "--against=pissa"])
     eval.main([*argv, *options])
     out = capsys.readouterr().out
     assert sorted(p.name for p in (base / "c").iterdir() if p.is_dir() and "1e-2-0" in p.name) == ["bitfit-1e-2-0", "lora-1e-2-0"] and "accuracy" in out.split("\nseeds 0, 1")[1]
