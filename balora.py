@@ -368,7 +368,8 @@ def statistics(model, names, needs, calibrate, rounds=1, room_of_group=GROUP, pr
             each.append(found)
         empty = [name for name in group if any(name not in found for found in each)]
         if empty:
-            raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{' backward' * (needs is gradients)} on inputs with a batch dimension?")
+            backward = " backward" if needs is gradients else ""
+            raise ValueError(f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{backward} on inputs with a batch dimension?")
         for name in group:
             yield name, [found.pop(name) for found in each]
 
@@ -528,7 +529,8 @@ class Report:
         rows = [f"  {pattern:<12} {len(names):>4} layers   {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}" for pattern, names in self.matched.items()]
         title = f"{self.method}: {METHODS[self.method].what}" + (f" (r={self.r}, alpha={self.alpha:g})" if METHODS[self.method].init else "")
         share = f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"
-        return "\n".join([title, *rows, *(f"  {note}" for note in self.notes), share + (f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else "")])
+        parts = f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else ""
+        return "\n".join([title, *rows, *(f"  {note}" for note in self.notes), share + parts])
 
 
 def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter=10, oversample=8, frozen_copy=False, progress=False, calibrate=None, rounds=5,
@@ -537,7 +539,8 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
     (a classification head) train too.
 
     r: rank; of bottleneck adapters their width; AdaLoRA starts at 1.5 r and ends at r on average. alpha: the bracket counts s = alpha / r (None: alpha = r).
-    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections (bitfit: every bias; bottlenecks: every place). niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
+    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections (bitfit: every bias; bottlenecks: every place).
+    niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
     frozen_copy: for "full", keep the pre-trained weights too, which `teacher` needs there. calibrate(round): runs the model on rows, see `statistics`;
     LoRA-GA and CorDA need it (CorDA++ `rounds` times, and a second time once the ranks are known). keep: of CorDA's triplets, "first" (IPM) or "last" (KPM). gamma: LoRA-GA's γ.
     correct_B: LoRA-FA's second version. start: {name: tensor}, the network's state at a checkpoint to go on from: A0, B0 and ranks are those, nothing is measured or
@@ -563,11 +566,13 @@ def attach(model, method="balora", r=16, alpha=None, targets=None, seed=0, niter
         model.requires_grad_(False)
         report.matched = match(model, targets, m.layer)
         names = list(dict.fromkeys(name for names in report.matched.values() for name in names))
-        bar = lambda items: tqdm(items, desc=f"{method} initialisation", unit="layer", total=len(names), disable=not (progress and m.init))
         if m.init:
             options = dict(niter=niter, oversample=oversample, keep=keep, gamma=gamma)
-            pairs = resumed(model, names, start, m.layer, None if method == "corda++" else first_rank(m, r)) if start else starts(model, method, names, r, alpha / r, rng, calibrate, rounds, progress, options, report.notes)
-            pairs = bar(pairs)
+            if start:
+                pairs = resumed(model, names, start, m.layer, None if method == "corda++" else first_rank(m, r))
+            else:
+                pairs = starts(model, method, names, r, alpha / r, rng, calibrate, rounds, progress, options, report.notes)
+                pairs = tqdm(pairs, desc=f"{method} initialisation", unit="layer", total=len(names), disable=not progress)
             if m.needs:                                                          # what is measured is the plain network
                 made = list(pairs)[::-1]
                 pairs = (made.pop() for _ in names)
@@ -620,11 +625,17 @@ def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options
         except ValueError as e:
             raise ValueError(f"{method}: {name}: {e}") from None
     if damping:
-        raised = sum(share > min(damping) for share in damping)
-        notes.append(f"covariances damped by {min(damping):.0%} of their mean diagonal" + (f", up to {max(damping):.0%} in {raised} layers" if raised else ""))
-        read = min((n for n in tokens if n), default=math.inf)
-        if short := sum(W(name).shape[1] > read for name in names):
-            notes.append(f"{short} of {len(names)} layers have more inputs than the {read:,} tokens measured, so their covariances lack rank; more calibration rows mend that")
+        notes += covariance_notes(damping, tokens, [W(name).shape[1] for name in names])
+
+
+def covariance_notes(damping, tokens, inputs):
+    """What to say of CorDA's covariances: the shares of damping of all layers, the tokens of each calibration (or None), the layers' numbers of inputs -> lines."""
+    raised = sum(share > min(damping) for share in damping)
+    lines = [f"covariances damped by {min(damping):.0%} of their mean diagonal" + (f", up to {max(damping):.0%} in {raised} layers" if raised else "")]
+    read = min((n for n in tokens if n), default=math.inf)
+    if short := sum(n > read for n in inputs):
+        lines.append(f"{short} of {len(inputs)} layers have more inputs than the {read:,} tokens measured, so their covariances lack rank; more calibration rows mend that")
+    return lines
 
 
 def first_rank(m, r):

@@ -111,9 +111,9 @@ def in_range(settings, rules):
 LAMBDAS = {"nlg": (0.025, 0.005, 0.005), "nlu": (0.15, 0.03, 0.03)}            # the paper's λ1, λ2, λ3
 
 
-READERS = {                           # options that only some methods read
-    "lora_plus_ratio": ("lora+",), "correct_B": ("lora-fa",), "gamma": ("lora-ga",), "calibration": ("lora-ga", "corda", "corda++"), "keep": ("corda", "corda++"),
-    "calibration_data": ("corda", "corda++"), "rounds": ("corda++",), **dict.fromkeys(("adalora_first", "adalora_last", "adalora_every", "orthogonality"), ("adalora",)),
+READERS = {                           # options that only some methods read (correct_B, calibration_data: refused elsewhere)
+    "lora_plus_ratio": ("lora+",), "gamma": ("lora-ga",), "calibration": ("lora-ga", "corda", "corda++"), "keep": ("corda", "corda++"),
+    "rounds": ("corda++",), **dict.fromkeys(("adalora_first", "adalora_last", "adalora_every", "orthogonality"), ("adalora",)),
 }
 
 
@@ -262,7 +262,7 @@ def open_run(settings, net, device, base, start, **more):
     os.makedirs(out, exist_ok=True)
     session = dict(device=device_name(device), versions={"python": platform.python_version(), "torch": torch.__version__}, commit=git_commit(), argv=sys.argv)
     if start:                                                                    # the record of the start stays, later sessions stand in it
-        record = read_json(os.path.join(out, "config.json"))
+        record = read_run(out)
         record["resumed"] = [*record.get("resumed", []), dict(session, step=start["step"])]
     else:
         record = dict(settings=dataclasses.asdict(settings), source=net.source, base=os.path.abspath(base) if os.path.exists(base) else base,
@@ -296,6 +296,27 @@ def add_evaluation(out, record):
 def append(path, record):
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")
+
+
+def whole_lines(path, mend=False):
+    """Records of a .jsonl file that grows line by line, without a last line that a kill cut off; [] where there is none. mend: take that line out of the file too.
+
+    Raises ValueError: other lines that are no objects.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        data = f.read()
+    whole = data[:data.rfind(b"\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: damaged ({e}); move it away, and its items are done anew") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path}: holds other lines than records; move it away")
+    if mend and whole != data:
+        balora.write_atomic(path, lambda f: f.write(whole))
+    return lines
 
 
 def read_json(path):
@@ -956,7 +977,7 @@ def plot_curves(runs, path):
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run, colour in zip(runs, COLOURS * len(runs)):
-        log = [json.loads(line) for line in open(os.path.join(run, "log.jsonl"), encoding="utf-8")]
+        log = whole_lines(os.path.join(run, "log.jsonl"))
         if not log:
             raise ValueError(f"{run}: log.jsonl is empty; nothing to draw")
         steps, weight = [r["step"] for r in log], 1 - 1 / max(1, len(log) / 20)
@@ -1206,33 +1227,11 @@ def file_hash(path):
     return hashlib.sha256(open(path, "rb").read()).hexdigest()[:16] if os.path.exists(path) else ""
 
 
-def whole_lines(path):
-    """Records of a .jsonl file that grows line by line, without a last line that a kill cut off; [] where there is none. Raises ValueError: other lines that are no objects."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f if line.endswith("\n")]
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: damaged ({e}); move it away, and its items are done anew") from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise ValueError(f"{path}: holds other lines than records; move it away")
-    return lines
-
-
-def cut_last_line(path, lines):
-    """Take a half-written last line out of a file of which `lines` are the whole ones, before more is appended."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    if os.path.exists(path) and open(path, "rb").read()[-1:] not in (b"", b"\n"):
-        balora.write_atomic(path, lambda f: f.write(text.encode()))
-
-
 def answer_file(run, name, head):
     """Open RUN/NAME.jsonl, whose first line says how it was made. -> path, records already there. Raises ValueError where `head` differs."""
     path = os.path.join(run or "out", f"{name}.jsonl")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    lines = whole_lines(path)
-    cut_last_line(path, lines)
+    lines = whole_lines(path, mend=True)
     if not lines:
         append(path, head)
     elif lines[0] != head:
@@ -1263,7 +1262,7 @@ def answer_items(o, name, prompts, judge, n=1, temperatures=None, opened=None):
     judge(i, text) -> dict, the verdict on an answer to prompt i; it stands in the line beside row, sample and answer. temperatures: one a prompt,
     otherwise --temperature for all. opened: open_model(o), where it is already. -> path, all lines in order.
     """
-    net, tok, settings, device = opened or open_model(o)
+    net, tok, *_ = opened or open_model(o)
     temperatures = temperatures or [o.temperature] * len(prompts)
     kinds = sorted(set(temperatures))
     max_new, coded = o.max_new or 1024, [tok.bos + tok.encode(prompt) for prompt in prompts]
@@ -1553,12 +1552,12 @@ def judge(o):
     if not out.endswith(".jsonl"):
         raise ValueError(f"--out={out}: expected the name of a .jsonl file for the ratings")
     try:
-        lines, failed = whole_lines(out), []
+        judgments = all({"question_id", "model", "judge", "user_prompt", "score", "turn"} <= line.keys() for line in whole_lines(out))
     except ValueError:
-        lines = [{}]
-    if any(not {"question_id", "model", "judge", "user_prompt", "score", "turn"} <= line.keys() for line in lines):
+        judgments = False
+    if not judgments:
         raise ValueError(f"--out={out} holds something else than judgments; choose another --out")
-    cut_last_line(out, lines)
+    lines, failed = whole_lines(out, mend=True), []
     if o.judge_url:
         key = lambda line: (line["question_id"], line["turn"])
         items, seen = judge_requests(o, answers), {key(line): line for line in lines}
@@ -1611,7 +1610,7 @@ def code_rows(o, *fields):
 def code_benchmark(o, name, prompts, program):
     """Answers -> RUN/NAME.jsonl; with --execute verdicts -> RUN/NAME-results.jsonl and pass@k. program(i, answer) -> (program, tests) of prompt i."""
     ks = [int(k) if k.strip().isdecimal() else 0 for k in o.k.split(",")]
-    if o.n < 1 or not all(1 <= k <= o.n for k in ks):
+    if not all(1 <= k <= o.n for k in ks):
         raise ValueError(f"--k={o.k} --n={o.n}: expected comma-separated k from 1 to n, the answers to each problem")
     if o.n > 1 and o.temperature <= 0:
         raise ValueError(f"--n={o.n}: greedy answers to a problem are all the same; add --temperature=0.8, or leave --n out")
@@ -1656,7 +1655,7 @@ def mbpp(o):
 def loss(o):
     """Loss, drift, diversity, spectrum and the passage's perplexity on rows of your own."""
     net, tok, settings, device = open_model(o)
-    examples, line = encode_rows(rows_of(o), tok, settings.get("template", o.template), settings.get("max_len", 512))
+    examples, line = encode_rows(rows_of(o), tok, template_of(o), settings.get("max_len", 512))
     print(f"{o.data}: {line}")
     record = measure(net, tok, examples, o.batch_size, settings.get("K", 20), settings.get("k", 10), device, drift=bool(balora.adapted_layers(net)))
     for name, value in record.items():
@@ -1666,7 +1665,7 @@ def loss(o):
 def sample(o):
     """Write an answer to --prompt."""
     net, tok, settings, device = open_model(o)
-    template = settings.get("template", o.template)
+    template = template_of(o)
     prompt = fill(template, o.prompt)
     start = tok.bos + tok.encode(prompt)
     max_new = min(o.max_new or 256, net.config.max_len - len(start))
@@ -1744,23 +1743,25 @@ def compare(o):
             raise ValueError(f"--sweep_lr={o.sweep_lr}: two lists for {method or 'all methods'}; rates are separated by commas, lists by spaces")
         rates[method if mark else "any"] = listed(values)
     unknown = [m for m in rates if m not in (*balora.METHODS, "any")]
-    without = [m for m in methods if not rates.get(m, rates.get("any"))]
+    rates = {m: rates.get(m, rates.get("any")) for m in methods}
+    without = [m for m in methods if not rates[m]]
     if unknown or without:
-        raise ValueError(f"--sweep_lr={o.sweep_lr}: " + (f"no method {unknown[0]}; {balora.nearest(unknown[0], balora.METHODS)}" if unknown else f"no rate for {', '.join(without)}"))
+        why = f"no method {unknown[0]}; {balora.nearest(unknown[0], balora.METHODS)}" if unknown else f"no rate for {', '.join(without)}"
+        raise ValueError(f"--sweep_lr={o.sweep_lr}: {why}")
     options = lambda method, lr, seed: [f"--method={method}", f"--learning_rate={lr}", f"--seed={seed}"]
     cells = lambda triples: run_cells(o, kind, root, {f"{'-'.join(t)}": options(*t) for t in triples})
-    first, table = cells((m, lr, seeds[0]) for m in methods for lr in rates.get(m, rates.get("any"))), {}
+    first, table = cells((m, lr, seeds[0]) for m in methods for lr in rates[m]), {}
     if not any(first.values()):
         raise ValueError("compare: no run ended well; their last lines stand above")
     name = metric_of(o, kind, first)
     sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
-    sweep = {m: {lr: run for lr in rates.get(m, rates.get("any")) if (run := first[f"{m}-{lr}-{seeds[0]}"])} for m in methods}
+    sweep = {m: {lr: run for lr in rates[m] if (run := first[f"{m}-{lr}-{seeds[0]}"])} for m in methods}
     best = {m: max(runs, key=lambda lr: (sign * runs[lr][name], -runs[lr]["loss"])) for m, runs in sweep.items() if runs}
     others = cells((m, lr, seed) for m, lr in best.items() for seed in seeds[1:])
     for m, lr in best.items():
         runs = [sweep[m][lr], *(run for seed in seeds[1:] if (run := others[f"{m}-{lr}-{seed}"]))]
-        table[m] = dict(lr=lr, runs=runs, sweep={lr: run[name] for lr, run in sweep[m].items()}, name=name)
-    print_comparison(table, seeds, root)
+        table[m] = dict(lr=lr, runs=runs, sweep={lr: run[name] for lr, run in sweep[m].items()})
+    print_comparison(table, name, seeds, root)
 
 
 def listed(words):
@@ -1810,7 +1811,7 @@ def run_cells(o, kind, root, cells):
 
 
 def cell(kind, out, options):
-    """Run one cell unless it is finished. -> its last evaluation, settings, trainable parameters, metric, median tokens/s, seconds of all steps, peak memory; None where it failed."""
+    """Run one cell unless it is finished. -> what its folder says: last evaluation, settings, device, trainable parameters, metric, speed, time, memory; None where it failed."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{kind}.py")
     options = [*options, *["--against="] * (kind == "nlu"), f"--out_dir={out}"]
     line, log = shlex.join(["python", os.path.basename(script), *options]), out + ".txt"
@@ -1830,20 +1831,20 @@ def cell(kind, out, options):
             print(f"  {out} failed after {time.time() - start:.0f} s (exit code {code}): {last}", flush=True)
             return None
         print(f"  {out} {time.time() - start:.0f} s", flush=True)
-    record, steps = read_json(os.path.join(out, "config.json")), [json.loads(line) for line in open(os.path.join(out, "log.jsonl"), encoding="utf-8")]
+    record, steps = read_run(out), whole_lines(os.path.join(out, "log.jsonl"))
     return read_json(os.path.join(out, "eval.json"))[-1] | dict(
-        settings=record["settings"], device=record["device"], trainable=record["trainable"], metric=record.get("metric", "loss"), speed=statistics.median(r["tokens_per_s"] for r in steps),
-        seconds=sum(r["seconds"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
+        settings=record["settings"], device=record["device"], trainable=record["trainable"], metric=record.get("metric", "loss"),
+        speed=statistics.median(r["tokens_per_s"] for r in steps), seconds=sum(r["seconds"] for r in steps), peak=max(r["peak_GiB"] for r in steps))
 
 
-def print_comparison(table, seeds, root):
+def print_comparison(table, name, seeds, root):
     """Each method at its best learning rate, mean ± standard deviation over seeds, time and memory beside LoRA's (or the first method's), the whole sweep beside it."""
     anchor = table.get("lora") or next(iter(table.values()))
     speed, peak = (lambda row: statistics.median(run["speed"] for run in row["runs"])), (lambda row: max(run["peak"] for run in row["runs"]))
-    header = ("method", "trainable", "lr", anchor["name"], "drift", "time", "memory", f"sweep (seed {seeds[0]})")
+    header = ("method", "trainable", "lr", name, "drift", "time", "memory", f"sweep (seed {seeds[0]})")
     rows = []
     for method, row in table.items():
-        values, drift = ([run.get(name) for run in row["runs"]] for name in (row["name"], "drift"))
+        values, drift = ([run.get(key) for run in row["runs"]] for key in (name, "drift"))
         rows.append((method, f"{row['runs'][0]['trainable']:,}", row["lr"], spread(values, seeds=seeds), spread(drift), f"{speed(anchor) / speed(row):.2f}",
                      f"{peak(row) / peak(anchor):.2f}", ", ".join(f"{lr} {value:.4f}" for lr, value in row["sweep"].items())))
     print(f"\nseeds {', '.join(seeds)}; time a step and peak memory as ratios to {'LoRA' if 'lora' in table else next(iter(table))}; the rate is the best of the sweep "
@@ -1888,9 +1889,9 @@ def with_terms(kind, *terms):
 
 
 def ablation(o):
-    """PiSSA, + each regularizer, BA-LoRA; and controls: label smoothing, weight decay, dropout in place of the terms, the terms on LoRA's start. `ablation nlg|nlu --seeds=0,1,2 -- OPTIONS`.
+    """PiSSA, + each regularizer, BA-LoRA; and controls: label smoothing, weight decay, dropout in place of the terms, the terms on LoRA's start.
 
-    Label smoothing has the mean weight of L_CR's schedule, as a share of the task loss: λ̄/(1 + λ̄), λ̄ = 0.55 λ1. Dropout is 0.2 in
+    `ablation nlg|nlu --seeds=0,1,2 -- OPTIONS`. Label smoothing has the mean weight of L_CR's schedule, as a share of the task loss: λ̄/(1 + λ̄), λ̄ = 0.55 λ1. Dropout is 0.2 in
     encoders, which have 0.1 as published, and 0.1 in a LLaMA, which has none; weight decay 0.3.
     """
     kind, seeds, root = comparison(o, "method lambda1 lambda2 lambda3 label_smoothing")
@@ -2161,7 +2162,7 @@ CONTESTANTS = {
     "pissa-peft": "PiSSA, peft + transformers",
     "balora-authors": "BA-LoRA, the authors' formulation on peft + transformers",
 }
-METHOD_STEPS = ("full", "lora", "lora-fa", "adalora", "dora", "pissa", "balora")        # --only=methods: every kind of step; the other methods differ from these at the start alone
+METHOD_STEPS = ("full", "lora", "lora-fa", "adalora", "dora", "pissa", "balora")        # --only=methods; the other methods differ from these at the start alone
 
 
 def bench(o):
@@ -2238,9 +2239,9 @@ def our_step(o, ids, valid):
     balora.attach(net, method, r=o.r)
     net.autocast = torch.bfloat16 if full else None
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-5, fused=o.device.startswith("cuda"))
-    E, R, y = (None, None, ids.roll(-1, 1)[valid]) if full else (net.head, balora.head_factor(net.head), ids.roll(-1, 1)[valid])
-    only = {"balora": (0.025, 0.005, 0.005), "balora-quarter": (0.025, 0.005, 0.005), "balora-cr": (0.025, 0, 0), "balora-dr": (0, 0.005, 0), "balora-svdr": (0, 0, 0.005)}
-    lambdas, steps = only.get(o.only, (0, 0, 0)), 0
+    y, l, steps = ids.roll(-1, 1)[valid], LAMBDAS["nlg"], 0
+    E, R = (None, None) if full else (net.head, balora.head_factor(net.head))
+    lambdas = {"balora": l, "balora-quarter": l, "balora-cr": (l[0], 0, 0), "balora-dr": (0, l[1], 0), "balora-svdr": (0, 0, l[2])}.get(o.only, (0, 0, 0))
     taught = 0 if not lambdas[0] else max(1, o.rows // 4) if o.only == "balora-quarter" else o.rows
     if o.compile:
         net.compile_blocks()
