@@ -730,23 +730,21 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
 
 
 def write_answers(net, prompts, max_new, batch_size, eos, desc="generate", done=None, temperature=0.0, top_p=1.0, seed=0):
-    """Continuations (greedy at temperature 0) of `prompts`, lists of ids, in length-sorted batches -> list of id lists. done(i, ids) is called for each.
+    """Continuations (greedy at temperature 0) of `prompts`, lists of ids, batch_size at a time -> list of id lists. done(i, ids) is called as each ends.
 
     A prompt that leaves no room in the model's context is answered by nothing.
     """
-    out = [[] for _ in prompts]
-    free, batches = (lambda i: min(max_new, net.config.max_len - len(prompts[i]))), []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):        # prompts that leave less room than max_new stay among their like
-        if not batches or len(batches[-1]) == batch_size or free(batches[-1][0]) != free(i):
-            batches.append([])
-        batches[-1].append(i)
-    for rows in tqdm(batches, desc=desc, unit="batch", leave=False, disable=None):
-        room = free(rows[0])
-        answers = net.generate([prompts[i] for i in rows], room, temperature, top_p, eos, seed + rows[0]) if room > 0 else [[] for _ in rows]
-        for i, ids in zip(rows, answers):
+    limits, out = [min(max_new, net.config.max_len - len(p)) for p in prompts], [[] for _ in prompts]
+    able = [i for i, limit in enumerate(limits) if limit > 0]
+    with tqdm(total=len(prompts), desc=desc, unit="answer", leave=False, disable=None) as bar:
+        def ended(i, ids):
             out[i] = ids
+            bar.update()
             if done:
                 done(i, ids)
+        for i in sorted(set(range(len(prompts))) - set(able)):
+            ended(i, [])
+        net.generate([prompts[i] for i in able], [limits[i] for i in able], temperature, top_p, eos, seed, batch_size, lambda j, ids: ended(able[j], ids))
     return out
 
 
@@ -2365,7 +2363,7 @@ def bench_encoder(o):
 
 
 def bench_generate(o):
-    """Greedy answers to the prompts of --data: tokens/s of `generate` here and in transformers, the same prompts in the same batches, alternating in one process."""
+    """Greedy answers to the prompts of --data: tokens/s of `generate` here and in transformers, the same prompts, as many rows at a time, alternating in one process."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -2377,19 +2375,20 @@ def bench_generate(o):
         net.save(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=net.head.dtype).to(device).eval()
     prompts = [tok.bos + tok.encode(fill(o.template, *row[:2])) for row in rows_of(o)]
-    batches = [[prompts[i] for i in rows] for rows in batches_by_length([(p, ()) for p in prompts], o.batch_size)]
+    batches = batches_by_length([(p, ()) for p in prompts], o.batch_size)
 
     def ours(max_new):
-        return [ids for batch in batches for ids in net.generate(batch, max_new, eos=tok.eos)]
+        return net.generate(prompts, max_new, eos=tok.eos, rows=o.batch_size)
 
     def other(max_new):
-        out = []
-        for batch in batches:
-            L = max(map(len, batch))
-            ids = torch.tensor([[tok.eos] * (L - len(p)) + p for p in batch], device=device)
-            mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in batch], device=device)
+        out = [None] * len(prompts)
+        for rows in batches:
+            L = max(len(prompts[i]) for i in rows)
+            ids = torch.tensor([[tok.eos] * (L - len(prompts[i])) + prompts[i] for i in rows], device=device)
+            mask = torch.tensor([[0] * (L - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=device)
             made = theirs.generate(ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False, eos_token_id=tok.eos, pad_token_id=tok.eos)[:, L:].tolist()
-            out += [row[:row.index(tok.eos)] if tok.eos in row else row for row in made]
+            for i, row in zip(rows, made):
+                out[i] = row[:row.index(tok.eos)] if tok.eos in row else row
         return out
     for step in tqdm(range(o.steps + 1), desc="rounds", unit="round"):           # the first one, of two tokens, warms up
         for name, write in (("this project", ours), ("transformers", other)):
@@ -2402,7 +2401,7 @@ def bench_generate(o):
         print(f"{name:<14} {counts[name] / statistics.median(t):.1f} tokens/s: {counts[name]} in {statistics.median(t):.2f} s ({min(t):.2f}-{max(t):.2f} of {len(t)})")
     same = sum(a == b for a, b in zip(*answers.values()))
     ratio = statistics.median((counts["this project"] / a) / (counts["transformers"] / b) for a, b in zip(*times.values()))
-    print(f"{len(prompts)} prompts in batches of {o.batch_size}, at most {max_new} new tokens, {str(net.head.dtype)[6:]}, {device_name(device)}: "
+    print(f"{len(prompts)} prompts, {o.batch_size} rows at a time, at most {max_new} new tokens, {str(net.head.dtype)[6:]}, {device_name(device)}: "
           f"{same} of {len(prompts)} answers the same; ratio of tokens/s {ratio:.2f}")
 
 

@@ -227,7 +227,7 @@ def attend(q, k, v, bias, causal, p, scale):
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     S = (q * scale) @ k.mT                                                       # [B, H, L, S]
     if causal:
-        bias = causal_mask(None, 0, q.shape[2], q.device)
+        bias = causal_mask(None, torch.arange(q.shape[2], device=q.device)[None], q.shape[2])
     if bias is not None:
         S = S.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else S + bias
     return F.dropout(S.softmax(-1), p) @ v
@@ -275,22 +275,41 @@ class Block(nn.Module):
 # The network
 
 class Cache:
-    """Keys and values of what was read so far, for rows that are still being written: [n_layers, B, G, size, hd]."""
+    """Keys and values of what up to `rows` sequences have read, [n_layers, rows, G, slots, hd]: row b has filled its first length[b] slots.
 
-    def __init__(self, config, rows, size, dtype, device):
-        shape = (config.n_layers, rows, config.n_kv_heads, size, config.head_dim)
-        self.k, self.v = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    part: the rows that the next pass goes on with. T5: memory [rows, Lm, d] is what its decoder looks at, real [rows, Lm] where that is a token.
+    """
+
+    def __init__(self, config, rows, slots, dtype, device):
+        shape = (config.n_layers, rows, config.n_kv_heads, slots, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))      # zeros, since no weight of 0 hides a NaN
+        self.length, self.part = torch.zeros(rows, dtype=torch.long, device=device), slice(0, rows)
+        self.memory = self.real = None
+
+    def open(self, L):
+        """Find the slots [B, L] of the next L tokens of each row, and make room for them."""
+        self.slots = self.length[self.part, None] + torch.arange(L, device=self.length.device)
+        self.end = int(self.slots.max()) + 1
+        if (lacking := self.end - self.k.shape[3]) > 0:
+            self.k, self.v = (F.pad(t, (0, 0, 0, max(lacking, t.shape[3] // 2))) for t in (self.k, self.v))
 
     def layer(self, i):
+        rows = torch.arange(len(self.slots), device=self.slots.device)[:, None]
+
         def past(k, v):
-            end = self.length + k.shape[2]
-            self.k[i, :, :, self.length:end], self.v[i, :, :, self.length:end] = k, v
-            return self.k[i, :, :, :end], self.v[i, :, :, :end]
+            kept = self.k[i, self.part], self.v[i, self.part]                    # [B, G, slots, hd], views
+            for old, new in zip(kept, (k, v)):
+                old[rows, :, self.slots] = new.transpose(1, 2).to(old.dtype)
+            return [t[:, :, :self.end] for t in kept]
         return past
 
-    def keep(self, rows):
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def move(self, source, target):
+        """Row `source` over row `target`."""
+        self.length[target] = end = int(self.length[source])
+        for t in (self.k, self.v):
+            t[:, target, :, :end] = t[:, source, :, :end]
+        if self.memory is not None:
+            self.memory[target], self.real[target] = self.memory[source], self.real[source]
 
 
 class Stack(nn.Module):
@@ -310,10 +329,10 @@ class Stack(nn.Module):
         self.drop = nn.Dropout(c.dropout)
 
     def run(self, x, mask=None, cache=None, memory=None, memory_mask=None):
-        """Embedded x [B, L, d] -> [B, L, d]. mask [B, S], memory_mask [B, Lm]: true where a token is real; None: all are."""
-        start = cache.length if cache else 0
-        end = start + x.shape[1]
-        where, bias = self.positions(x, mask, start, end)
+        """Embedded x [B, L, d] -> [B, L, d]. mask [B, L], memory_mask [B, Lm]: true where a token is real; None: all are. cache: x goes on what its rows have read."""
+        if cache:
+            cache.open(x.shape[1])
+        where, bias = self.positions(x, mask, cache)
         memory_bias = None if memory_mask is None else memory_mask.bool()[:, None, None]
         for i, layer in enumerate(self.layers):
             rows = self.drop(where) if self.config.position == "disentangled" else where
@@ -323,25 +342,25 @@ class Stack(nn.Module):
                 x = layer.forward(x, rows, bias, cache.layer(i), memory, memory_bias)
             else:
                 x = layer(x, rows, bias, None, memory, memory_bias)
-        if cache:
-            cache.length = end
         return self.drop(self.norm(x)) if self.config.pre else x
 
-    def positions(self, x, mask, start, end):
+    def positions(self, x, mask, cache=None):
         """-> what `Attention` calls where and bias."""
-        c, where, allowed = self.config, None, None
+        c, L, where, allowed = self.config, x.shape[1], None, None
+        query, end = (cache.slots, cache.end) if cache else (torch.arange(L, device=x.device)[None], L)
+        plain = not cache or (int(query.min()) == end - L and L in (1, end))     # all rows stand alike, and a kernel's own causal mask is the right one
         if not c.causal:
-            allowed = None if mask is None else mask.bool()[:, None, None]       # [B, 1, 1, S]
-        elif mask is not None or (start > 0 and end > start + 1) or (c.position == "t5" and end > start + 1):
-            allowed = causal_mask(mask, start, end, x.device)
+            allowed = None if mask is None else mask.bool()[:, None, None]       # [B, 1, 1, L]
+        elif mask is not None or not plain or (c.position == "t5" and L > 1):
+            allowed = causal_mask(mask, query, end)
         if c.position == "rope":
-            where = tuple(t[start:end].to(x.dtype) for t in rope_table(c, end, x.device))
+            where = tuple((t[query][:, None] if cache else t).to(x.dtype) for t in rope_table(c, end, x.device))     # [B, 1, L, hd] or [L, hd]
         if c.position == "disentangled":
-            rows = deberta_row(torch.arange(end - 1, -end, -1, device=x.device), c.buckets, c.max_distance)
+            rows = deberta_row(torch.arange(L - 1, -L, -1, device=x.device), c.buckets, c.max_distance)
             where = self.rel_norm(self.rel.weight)[rows].to(x.dtype)             # [2L-1, d]
         if c.position == "t5":
-            distance = torch.arange(end, device=x.device) - torch.arange(start, end, device=x.device)[:, None]
-            bias = self.rel(t5_bucket(distance, c.buckets, c.max_distance, c.causal)).permute(2, 0, 1)[None].to(x.dtype)   # [1, H, L, S]
+            distance = torch.arange(end, device=x.device) - query[..., None]
+            bias = self.rel(t5_bucket(distance, c.buckets, c.max_distance, c.causal)).permute(0, 3, 1, 2).to(x.dtype)   # [B or 1, H, L, S]
             return None, bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
         return where, allowed
 
@@ -405,11 +424,11 @@ class Transformer(Stack):
         """E [V, d]: logits are hidden · Eᵀ."""
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
-    def forward(self, ids, mask=None, cache=None, target=None):
+    def forward(self, ids, mask=None, target=None):
         """ids [B, L] -> logits [B, L, V], or [B, D] of a classifier. For the rest see `hidden`. A published encoder's own masked-token head is not read."""
         if self.n_classes:
             return self.classify(ids, mask)[0]
-        return F.linear(self.hidden(ids, mask, cache, target), self.head)
+        return F.linear(self.hidden(ids, mask, target), self.head)
 
     def classify(self, ids, mask=None):
         """ids, mask [N, L] -> class logits Z [N, D], the features [N, d] that `out` (T5: the label words' embeddings) reads."""
@@ -417,18 +436,18 @@ class Transformer(Stack):
         with self.casting(ids):
             return self.classifier(h) if self.encoder is None else (F.linear(h, self.head[self.label_ids]), h)
 
-    def hidden(self, ids, mask=None, cache=None, target=None):
+    def hidden(self, ids, mask=None, target=None):
         """ids [B, L] -> what the head reads [B, L, d].
 
-        mask [B, S], true where a token is real, S counting what the cache holds. In a decoder, leave it out where padding stands
-        on the right: causal attention never looks there, and without a mask the fast attention kernels run. An encoder needs it,
-        with the padding on the right. T5: ids are what the encoder reads, target [B, Lt] what the decoder does (None: its start token).
+        mask [B, L], true where a token is real. In a decoder, leave it out where padding stands on the right: causal attention never
+        looks there, and without a mask the fast attention kernels run. An encoder needs it, with the padding on the right.
+        T5: ids are what the encoder reads, target [B, Lt] what the decoder does (None: its start token).
         """
         with self.casting(ids):
             if self.encoder is None:
-                return self.run(self.embedded(ids, mask), mask, cache)
+                return self.run(self.embedded(ids, mask), mask)
             memory = self.encode(ids, mask)
-            return self.decode(ids.new_full((len(ids), 1), self.config.bos) if target is None else target, cache, memory, mask)
+            return self.decode(ids.new_full((len(ids), 1), self.config.bos) if target is None else target, None, memory, mask)
 
     def casting(self, ids):
         return torch.autocast(ids.device.type, self.autocast) if self.autocast else nullcontext()
@@ -461,52 +480,81 @@ class Transformer(Stack):
                 layer.compile()
 
     @torch.no_grad()
-    def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
-        """Continue each prompt; rows stop on their own at `eos` and leave the batch.
+    def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0, rows=None, done=None):
+        """Continue each prompt, `rows` of them at a time (None: all), the longest first; one that ends leaves its place to the next.
 
-        prompts: list of lists of token ids, of any lengths (padded on the left inside). temperature 0 takes the likeliest
-        token, otherwise it samples from the smallest set of tokens whose probability reaches top_p.
+        prompts: list of lists of token ids, of any lengths; what they all begin with is read once. max_new: tokens, one number or one a prompt. temperature 0
+        takes the likeliest token, otherwise it samples from the smallest set of tokens whose probability reaches top_p. done(i, ids) hears of each as it ends.
         -> list of lists of new ids, without `eos` (default: the model's own).
         """
         eos = self.config.eos if eos is None else eos
+        limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new
         if not all(prompts):
             raise ValueError("generate: an empty prompt; give at least one token (the bos token, for example)")
-        device, L = self.embed.weight.device, max(map(len, prompts))
-        if L + max_new > self.config.max_len:
-            raise ValueError(f"generate: {L} prompt tokens + max_new {max_new} exceed the model's {self.config.max_len}; shorten one of them")
-        mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=device, dtype=torch.bool)
-        ids = torch.tensor([[0] * (L - len(p)) + list(p) for p in prompts], device=device)
-        padded = not mask.all()
-        cache = Cache(self.config, len(prompts), L + max_new, self.autocast or self.embed.weight.dtype, device)
-        rng = torch.Generator(device).manual_seed(seed)
-        out, rows = [[] for _ in prompts], list(range(len(prompts)))
-        was_training, memory = self.training, None
+        if long := [i for i, p in enumerate(prompts) if len(p) + limits[i] > self.config.max_len]:
+            raise ValueError(f"generate: {len(prompts[long[0]])} prompt tokens + max_new {limits[long[0]]} exceed the model's {self.config.max_len}; shorten one of them")
+        device, was_training = self.embed.weight.device, self.training
         self.eval()
-        if self.encoder is not None:                                             # the prompt is the encoder's, the decoder begins with its start token
-            with self.casting(ids):
-                memory, real = self.encode(ids, mask), mask
-            ids, mask = ids.new_full((len(prompts), 1), self.config.bos), mask[:, :1]
-        for _ in range(max_new):
-            with self.casting(ids):
-                h = self.hidden(ids, mask if padded else None, cache) if memory is None else self.decode(ids, cache, memory, real)
-            h = h[:, -1]                                                         # [B, d]
-            token = pick(F.linear(h, self.head).float(), temperature, top_p, rng)   # [B]
-            alive = token != eos
-            for row, t, going in zip(rows, token.tolist(), alive.tolist()):
-                if going:
-                    out[row].append(t)
-            if not alive.all():
-                rows = [row for row, going in zip(rows, alive.tolist()) if going]
-                if not rows:
-                    break
-                cache.keep(alive)
-                token, mask = token[alive], mask[alive]
-                if memory is not None:
-                    memory, real = memory[alive], real[alive]
-            ids = token[:, None]
-            mask = F.pad(mask, (0, 1), value=True)
+        rng, out = torch.Generator(device).manual_seed(seed), [[] for _ in prompts]
+        waiting = sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: len(prompts[i]))
+        writing, h = [], self.embed.weight.new_empty(0, self.config.d)           # the prompts of the cache's first rows, their last states [B, d]
+        cache, shared = self.reader(prompts, min(rows or len(prompts), len(prompts)))
+        while waiting or writing:
+            if fresh := [waiting.pop() for _ in range(min(len(waiting), len(cache.length) - len(writing)))]:
+                cache.part = slice(len(writing), len(writing) + len(fresh))
+                h, writing = torch.cat([h, self.read([prompts[i] for i in fresh], cache, shared)]), writing + fresh
+            tokens = pick(F.linear(h, self.head).float(), temperature, top_p, rng).tolist()
+            for row in reversed(range(len(writing))):                            # backwards, since the last row takes the place of one that ends
+                i = writing[row]
+                if tokens[row] != eos:
+                    out[i].append(tokens[row])
+                if tokens[row] == eos or len(out[i]) == limits[i]:
+                    cache.move(len(writing) - 1, row)
+                    tokens[row], writing[row] = tokens[-1], writing[-1]
+                    del tokens[-1], writing[-1]
+                    if done:
+                        done(i, out[i])
+            cache.part = slice(0, len(writing))
+            h = self.go_on(torch.tensor(tokens, device=device)[:, None], cache)[:, -1] if writing else h[:0]
         self.train(was_training)
         return out
+
+    def reader(self, prompts, rows):
+        """-> a Cache for `rows` of these prompts at a time, how many tokens all of them begin with: each row has read those (a decoder's; T5's are the encoder's)."""
+        device, longest = self.embed.weight.device, max(map(len, prompts), default=1)
+        cache = Cache(self.config, rows, longest + 64, self.autocast or self.embed.weight.dtype, device)
+        if self.encoder is not None:
+            cache.memory, cache.real = self.embed.weight.new_zeros(rows, longest, self.config.d), torch.zeros(rows, longest, dtype=torch.bool, device=device)
+            return cache, 0
+        shared = next((j for j, column in enumerate(zip(*(p[:-1] for p in prompts))) if len(set(column)) > 1), min(map(len, prompts), default=1) - 1)
+        if shared:
+            cache.part = slice(0, 1)
+            self.go_on(torch.tensor([prompts[0][:shared]], device=device), cache)
+            for t in (cache.k, cache.v):
+                t[:, 1:, :, :shared] = t[:, :1, :, :shared]
+        return cache, shared
+
+    def read(self, prompts, cache, shared):
+        """Read the rest of these prompts into the rows `cache.part`. -> the state behind each, [B, d]."""
+        lengths = torch.tensor([len(p) - shared for p in prompts], device=cache.length.device)
+        L = int(lengths.max()) if cache.memory is None else cache.real.shape[1]
+        ids = torch.tensor([p[shared:] + [0] * (L - len(p) + shared) for p in prompts], device=cache.length.device)
+        cache.length[cache.part] = shared
+        if cache.memory is None:                                                 # padding on the right: causal attention never looks there, and what is written goes over it
+            h = self.go_on(ids, cache)[torch.arange(len(ids)), lengths - 1]
+            cache.length[cache.part] = shared + lengths
+            return h
+        cache.real[cache.part] = torch.arange(L, device=ids.device) < lengths[:, None]
+        with self.casting(ids):
+            cache.memory[cache.part] = self.encode(ids, cache.real[cache.part])
+        return self.go_on(ids.new_full((len(ids), 1), self.config.bos), cache)[:, -1]
+
+    def go_on(self, ids, cache):
+        """ids [B, L], the next tokens of the rows `cache.part` -> [B, L, d]."""
+        with self.casting(ids):
+            h = self.run(self.embedded(ids), None, cache) if cache.memory is None else self.decode(ids, cache, cache.memory[cache.part], cache.real[cache.part])
+        cache.length[cache.part] += ids.shape[1]
+        return h
 
     def checkpoint_name(self, name):
         """Our name of a module or tensor -> the one it has in a Hugging Face checkpoint."""
@@ -532,10 +580,10 @@ class Transformer(Stack):
             json.dump(record, f, indent=1)
 
 
-def causal_mask(mask, start, end, device):
-    """-> [B or 1, 1, L, S] bool: a query sees real keys up to itself. It always sees itself, so no row of scores is empty."""
-    query, key = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
-    allowed = (key <= query)[None]
+def causal_mask(mask, query, end):
+    """query: positions [B or 1, L] -> [B or 1, 1, L, end] bool: a query sees real keys up to itself. It always sees itself, so no row of scores is empty."""
+    query, key = query[..., None], torch.arange(end, device=query.device)
+    allowed = key <= query
     if mask is not None:
         allowed = allowed & (mask.bool()[:, None, :] | (key == query))
     return allowed[:, None]

@@ -170,7 +170,9 @@ def test_t5_generates_what_transformers_does(both):
         for net in (theirs, ours):
             (net.shared if net is theirs else net.embed).weight.mul_(4)          # or the answer is one token for ever
     prompts, seen = [[5, 17, 60, 80, 41], [33, 20], [9, 9, 70, 101, 64, 7, 88]], set()
-    for prompt, got in zip(prompts, ours.generate(prompts, max_new=24, eos=-1)):
+    answers = ours.generate(prompts, max_new=24, eos=-1)
+    assert ours.generate(prompts, max_new=[24, 24, 5], eos=-1, rows=2) == [answers[0], answers[1], answers[2][:5]]         # the last one's place goes to the second
+    for prompt, got in zip(prompts, answers):
         want = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, 1:]
         assert got == want.tolist()
         seen |= set(got)

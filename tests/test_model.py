@@ -1,6 +1,7 @@
 """model.py against transformers, on small random checkpoints and on the real SmolLM2-135M."""
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,21 @@ def test_batched_generation_equals_one_by_one_and_rows_stop_alone(small):
     eos = alone[1][4]
     cut = [row[:row.index(eos)] if eos in row else row for row in alone]
     assert net.generate(prompts, max_new=25, eos=eos) == cut and len({len(c) for c in cut}) > 1
+
+
+def test_ended_rows_give_their_place_to_the_next_prompt(small):
+    net, rng = small(tied=False, max_len=512), random.Random(0)
+    prompts = [[8, 8, 9] + [rng.randrange(3, 211) for _ in range(rng.randrange(1, 9))] for _ in range(11)]        # three tokens that all begin with
+    limits = [rng.randrange(1, 150) for _ in prompts]                            # long enough for the cache to grow
+    whole = [net.generate([p], max_new=n, eos=-1)[0] for p, n in zip(prompts, limits)]
+    eos = min({t for row in whole for t in row}, key=lambda t: (abs(sum(t in row for row in whole) - 5), t))         # what about half of them write
+    alone, heard = [row[:row.index(eos)] if eos in row else row for row in whole], {}
+    for rows in (1, 3, 11, 40):
+        assert net.generate(prompts, limits, eos=eos, rows=rows, done=heard.__setitem__) == alone
+        assert [heard.pop(i) for i in range(11)] == alone and not heard
+    assert any(len(a) < n for a, n in zip(alone, limits)) and any(len(a) == n for a, n in zip(alone, limits))
+    same = net.generate([[5, 6, 7]] * 3, max_new=9, eos=-1, rows=2)
+    assert same == [net.generate([[5, 6, 7]], max_new=9, eos=-1)[0]] * 3 and net.generate([]) == []
 
 
 def test_greedy_equals_transformers(tmp_path):
