@@ -612,7 +612,10 @@ def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options
         measure = lambda: statistics(model, names, m.needs, lambda i: tokens.append(calibrate(i)), rounds if method == "corda++" else 1, progress=progress)
         stats = measure()
         if method == "corda++":
-            chosen = {name: choose_covariance(W(name), found, rng) for name, found in stats}         # index, log π, σ
+            chosen = {}                                                          # of each layer: index of the covariance, log π, σ
+            for name, found in stats:
+                with naming(method, name):
+                    chosen[name] = choose_covariance(W(name), found, rng)
             width = {name: sum(W(name).shape) for name in names}
             ranks = allocate_ranks({name: sigma for name, (_, _, sigma) in chosen.items()}, {name: log_pi for name, (_, log_pi, _) in chosen.items()}, width,
                                    r * sum(width.values()), options["keep"])
@@ -620,12 +623,20 @@ def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options
             notes.append(f"ranks {order[0]} to {order[-1]}, median {order[len(order) // 2]}; layers that chose round 1, 2, ...: {', '.join(str(won[i]) for i in range(rounds))}")
             stats = ((name, [found[chosen[name][0]]]) for name, found in measure())
     for name, (stat,) in stats:
-        try:
-            yield name, m.init(W(name), ranks[name], s, rng, stat=stat, damping=damping, **options)
-        except ValueError as e:
-            raise ValueError(f"{method}: {name}: {e}") from None
+        with naming(method, name):
+            start = m.init(W(name), ranks[name], s, rng, stat=stat, damping=damping, **options)
+        yield name, start
     if damping:
         notes += covariance_notes(damping, tokens, [W(name).shape[1] for name in names])
+
+
+@contextmanager
+def naming(method, layer):
+    """A ValueError inside says whose it is."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{method}: {layer}: {e}") from None
 
 
 def covariance_notes(damping, tokens, inputs):

@@ -1944,6 +1944,8 @@ def slope(by_level, name):
     points = [(float(level), gain) for level, gains in by_level.items() for gain in gains]
     if len(points) < 3 or len({level for level, _ in points}) < 2:
         return "too few runs for a slope"
+    if len({gain for _, gain in points}) == 1:
+        return f"{points[0][1]:+.3f} {name} in every pair, so no slope"
     fit = stats.linregress(*zip(*points))
     half = stats.t.ppf(0.975, len(points) - 2) * fit.stderr
     return f"slope {fit.slope:+.3f} {name} a unit of noise, 95 % interval {fit.slope - half:+.3f} to {fit.slope + half:+.3f} ({len(points)} pairs)"

@@ -390,6 +390,7 @@ def test_the_posters_values_average_as_printed():
 def test_slope_is_least_squares_with_its_interval():
     by_level = {"0": [0.0, 0.1], "0.2": [0.2, 0.3], "0.4": [0.4, 0.5]}
     assert eval.slope(by_level, "accuracy").startswith("slope +1.000 accuracy a unit of noise, 95 % interval +0.575 to +1.425 (6 pairs)")
+    assert eval.slope({"0": [0.0, 0.0], "0.2": [0.0]}, "accuracy") == "+0.000 accuracy in every pair, so no slope"
     assert "too few" in eval.slope({"0": [1.0]}, "accuracy") and "too few" in eval.slope({"0": [1.0, 2.0, 1.5], "0.2": []}, "accuracy")
 
 

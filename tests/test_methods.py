@@ -323,8 +323,9 @@ def test_corda_reports_damping_and_lack_of_rank(small):
     net = small()
     with torch.no_grad():
         net.layers[0].attn_norm.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="^corda: layers.0.attn.q_proj: the covariance of its inputs is zero or not finite"):
-        balora.attach(net, "corda", r=4, calibrate=calibration(net))
+    for method in ("corda", "corda++"):
+        with pytest.raises(ValueError, match=f"^{re.escape(method)}: layers.0.attn.q_proj: the covariance of its inputs is zero or not finite"):
+            balora.attach(net, method, r=4, calibrate=calibration(net))
 
 
 def test_calibration_is_blind_to_dropout():
