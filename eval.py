@@ -1019,20 +1019,22 @@ def plot_noise(gains, name, path):
 
 
 def plot_sensitivity(curves, name, path):
-    """{knob: {value: metric of each seed}}: a panel a knob, its value on a logarithmic axis, mean and standard deviation."""
+    """{knob: {value: differences to the default, one a seed}}: a panel a knob, its value on a logarithmic axis, a dot a seed, a line through the means."""
     plt = pyplot()
     columns = 4
     fig, axes = plt.subplots(-(-len(curves) // columns), columns, figsize=(10, 2.6 * -(-len(curves) // columns)), layout="constrained", sharey=True, squeeze=False)
     for ax in axes.flat[len(curves):]:
         ax.axis("off")
     for (knob, points), ax in zip(curves.items(), axes.flat):
-        x, values = list(points), list(points.values())
-        means, bars = [statistics.mean(v) if v else math.nan for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        ax.errorbar(x, means, bars, fmt="o-", color=COLOURS[0], capsize=3, lw=1.4, ms=4)
+        x = list(points)
+        for at, values in points.items():
+            ax.plot([at] * len(values), values, "o", color=COLOURS[0], ms=4, alpha=0.4, mew=0)
+        ax.plot(x, [statistics.mean(v) if v else math.nan for v in points.values()], "-", color=COLOURS[1], lw=1.6)
+        ax.axhline(0, color="0.6", lw=0.8, ls="--")
         ax.set(xscale="log", xlabel={f"lambda{i}": f"λ{i}" for i in (1, 2, 3)}.get(knob, knob), xticks=x, xticklabels=[f"{v:g}" for v in x])
         ax.minorticks_off()
     for ax in axes[:, 0]:
-        ax.set_ylabel(name)
+        ax.set_ylabel(f"change of {name}")
     finish_axes(axes.flat[:len(curves)])
     save_figure(fig, path)
 
@@ -1972,7 +1974,7 @@ def sensitivity(o):
                      spread([run.get("drift") for run in runs.values()])))
     for knob, (low, high) in values.items():
         points = {low: more[f"{knob}={low}"], settings[knob]: found["balora"], high: more[f"{knob}={high}"]}
-        curves[knob] = {x: [run[name] for run in runs.values()] for x, runs in points.items()}
+        curves[knob] = {x: paired(runs, found["balora"], name) for x, runs in points.items()}
     print(f"\nseeds {', '.join(seeds)}; the default has {', '.join(f'{knob} {settings[knob]:g}' for knob in values)}")
     print_columns(rows, os.path.join(root, "table.txt"))
     plot_sensitivity(curves, name, os.path.join(root, "sensitivity.png"))
