@@ -539,7 +539,7 @@ def test_bottlenecks_stand_where_their_papers_put_them(method, act, family):
             for p in (layer.down, layer.down_bias, layer.up, layer.up_bias):
                 p.copy_(torch.randn(p.shape, generator=rng) * 0.3)
     block, x = net.layers[0], torch.randn(2, 7, 48, generator=rng)
-    where, _ = net.positions(x, None, 0, 7)
+    where, _ = net.positions(x, None)
     f = lambda a, h: F.linear(act(F.linear(h, a.down, a.down_bias)), a.up, a.up_bias)
     with torch.no_grad():
         h = block.attn(x, where)
