@@ -742,8 +742,9 @@ def write_answers(net, prompts, max_new, batch_size, eos, desc="generate", done=
             bar.update()
             if done:
                 done(i, ids)
-        for i in sorted(set(range(len(prompts))) - set(able)):
-            ended(i, [])
+        for i, limit in enumerate(limits):
+            if limit <= 0:
+                ended(i, [])
         net.generate([prompts[i] for i in able], [limits[i] for i in able], temperature, top_p, eos, seed, batch_size, lambda j, ids: ended(able[j], ids))
     return out
 
@@ -1002,16 +1003,20 @@ def plot_gains(gains, name, path):
     save_figure(fig, path)
 
 
+def plot_differences(ax, points, colour, marker, label=None):
+    """{x: differences, one a seed}: a dot a seed, a line through the means, a dashed one at 0."""
+    for x, values in points.items():
+        ax.plot([x] * len(values), values, marker, color=colour, ms=4, alpha=0.4, mew=0)
+    ax.plot(list(points), [statistics.mean(values) if values else math.nan for values in points.values()], marker + "-", color=colour, label=label)
+    ax.axhline(0, color="0.6", lw=0.8, ls="--")
+
+
 def plot_noise(gains, name, path):
     """{other method: {level: gains of BA-LoRA over it}}: a dot a seed, a line through the means."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for (other, by_level), colour, marker in zip(gains.items(), COLOURS, "os"):
-        x = [float(level) for level in by_level]
-        for at, values in zip(x, by_level.values()):
-            ax.plot([at] * len(values), values, marker, color=colour, ms=4, alpha=0.4, mew=0)
-        ax.plot(x, [statistics.mean(v) if v else math.nan for v in by_level.values()], marker + "-", color=colour, label=f"BA-LoRA - {other}")
-    ax.axhline(0, color="0.6", lw=0.8, ls="--")
+        plot_differences(ax, {float(level): values for level, values in by_level.items()}, colour, marker, f"BA-LoRA - {other}")
     ax.set(xlabel="share of wrong facts in pre-training", ylabel=f"gain, {name}")
     ax.legend(frameon=False)
     finish_axes([ax])
@@ -1027,10 +1032,7 @@ def plot_sensitivity(curves, name, path):
         ax.axis("off")
     for (knob, points), ax in zip(curves.items(), axes.flat):
         x = list(points)
-        for at, values in points.items():
-            ax.plot([at] * len(values), values, "o", color=COLOURS[0], ms=4, alpha=0.4, mew=0)
-        ax.plot(x, [statistics.mean(v) if v else math.nan for v in points.values()], "-", color=COLOURS[1], lw=1.6)
-        ax.axhline(0, color="0.6", lw=0.8, ls="--")
+        plot_differences(ax, points, COLOURS[0], "o")
         ax.set(xscale="log", xlabel={f"lambda{i}": f"λ{i}" for i in (1, 2, 3)}.get(knob, knob), xticks=x, xticklabels=[f"{v:g}" for v in x])
         ax.minorticks_off()
     for ax in axes[:, 0]:

@@ -98,12 +98,12 @@ PUBLISHED = {                         # --dry_run needs sizes only, so no downlo
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions
 
-def rope_table(config, length, device):
-    """cos, sin [length, hd] in fp32 (Hugging Face's half-split layout: dimension j turns with j + hd/2)."""
-    j = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+def rope_table(config, positions):
+    """positions [...] -> cos, sin [..., hd] in fp32 (Hugging Face's half-split layout: dimension j turns with j + hd/2)."""
+    j = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     inv_freq = config.rope_theta ** (-j / config.head_dim)                       # [hd/2]
     inv_freq = inv_freq / rope_factors(config.rope_scaling, inv_freq)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
+    angle = positions[..., None].float() * inv_freq
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
@@ -354,7 +354,7 @@ class Stack(nn.Module):
         elif mask is not None or not plain or (c.position == "t5" and L > 1):
             allowed = causal_mask(mask, query, end)
         if c.position == "rope":
-            where = tuple((t[query][:, None] if cache else t).to(x.dtype) for t in rope_table(c, end, x.device))     # [B, 1, L, hd] or [L, hd]
+            where = tuple(t[:, None].to(x.dtype) for t in rope_table(c, query))  # [B or 1, 1, L, hd]
         if c.position == "disentangled":
             rows = deberta_row(torch.arange(L - 1, -L, -1, device=x.device), c.buckets, c.max_distance)
             where = self.rel_norm(self.rel.weight)[rows].to(x.dtype)             # [2L-1, d]
@@ -536,15 +536,15 @@ class Transformer(Stack):
 
     def read(self, prompts, cache, shared):
         """Read the rest of these prompts into the rows `cache.part`. -> the state behind each, [B, d]."""
-        lengths = torch.tensor([len(p) - shared for p in prompts], device=cache.length.device)
-        L = int(lengths.max()) if cache.memory is None else cache.real.shape[1]
-        ids = torch.tensor([p[shared:] + [0] * (L - len(p) + shared) for p in prompts], device=cache.length.device)
+        device, width = cache.length.device, max(map(len, prompts)) if self.encoder is None else cache.real.shape[1]
+        ids = torch.tensor([p[shared:] + [0] * (width - len(p)) for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache.length[cache.part] = shared
-        if cache.memory is None:                                                 # padding on the right: causal attention never looks there, and what is written goes over it
-            h = self.go_on(ids, cache)[torch.arange(len(ids)), lengths - 1]
-            cache.length[cache.part] = shared + lengths
+        if self.encoder is None:                                                 # padding on the right: causal attention never looks there, and what is written goes over it
+            h = self.go_on(ids, cache)[torch.arange(len(ids)), lengths - shared - 1]
+            cache.length[cache.part] = lengths
             return h
-        cache.real[cache.part] = torch.arange(L, device=ids.device) < lengths[:, None]
+        cache.real[cache.part] = torch.arange(width, device=device) < lengths[:, None]
         with self.casting(ids):
             cache.memory[cache.part] = self.encode(ids, cache.real[cache.part])
         return self.go_on(ids.new_full((len(ids), 1), self.config.bos), cache)[:, -1]
