@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -312,6 +313,31 @@ class Cache:
             self.memory[target], self.real[target] = self.memory[source], self.real[source]
 
 
+class Packed(TorchFunctionMode):
+    """While it is on, F.linear on a CPU reads bf16 parameters from copies in oneDNN's own layout, made at their first use: it would change the layout at every product.
+
+    For no_grad only, and while no parameter changes. Sums are taken in another order, so results differ in bf16's last bit.
+    """
+    most = 2**31                                                                 # bytes of weights to copy
+
+    def __init__(self):
+        super().__init__()
+        self.copies = {}
+
+    @staticmethod
+    def able(net):
+        bf16 = net.embed.weight.device.type == "cpu" and net.embed.weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        return bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and 2 * sum(p.numel() for p in net.parameters()) <= Packed.most and not net.compiled
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is not F.linear or kwargs or not isinstance(args[1], nn.Parameter) or not args[0].dtype == args[1].dtype == torch.bfloat16:
+            return f(*args, **kwargs or {})
+        x, W, b = (*args, None)[:3]
+        if id(W) not in self.copies:
+            self.copies[id(W)] = torch.ops.mkldnn._reorder_linear_weight(W.detach(), None)
+        return torch.ops.mkldnn._linear_pointwise(x, self.copies[id(W)], b, "none", [], "")
+
+
 class Stack(nn.Module):
     """Blocks, with what tells them where tokens stand."""
     checkpointing = False
@@ -388,9 +414,9 @@ class Transformer(Stack):
 
     `source` says where the weights came from, `weights_hash` is the sha256 (16 hex digits) of the file's tensors,
     `checkpointing` recomputes each block in the backward pass instead of keeping its activations, `autocast` is the dtype of
-    the matrix products where that is not the weights' own (full tuning keeps fp32 weights).
+    the matrix products where that is not the weights' own (full tuning keeps fp32 weights), `compiled` that `compile_blocks` was called.
     """
-    source, weights_hash, autocast, label_ids = "random", "", None, None
+    source, weights_hash, autocast, label_ids, compiled = "random", "", None, None, False
     not_adapted, trained_whole = ("lm_head",), ("classifier",)                   # the objective reads the one's weight itself; the other is new
 
     def __init__(self, config, n_classes=0):
@@ -474,6 +500,7 @@ class Transformer(Stack):
 
     def compile_blocks(self):
         """torch.compile of every block in place (names stay); the first batch of a new kind takes about a minute."""
+        self.compiled = True
         torch._dynamo.config.recompile_limit = 64                                # training, teacher and evaluation each are kinds of their own
         for stack in [self] + [self.encoder] * (self.encoder is not None):
             for layer in stack.layers:
@@ -499,23 +526,24 @@ class Transformer(Stack):
         waiting = sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: len(prompts[i]))
         writing, h = [], self.embed.weight.new_empty(0, self.config.d)           # the prompts of the cache's first rows, their last states [B, d]
         cache, shared = self.reader(prompts, min(rows or len(prompts), len(prompts)))
-        while waiting or writing:
-            if fresh := [waiting.pop() for _ in range(min(len(waiting), len(cache.length) - len(writing)))]:
-                cache.part = slice(len(writing), len(writing) + len(fresh))
-                h, writing = torch.cat([h, self.read([prompts[i] for i in fresh], cache, shared)]), writing + fresh
-            tokens = pick(F.linear(h, self.head).float(), temperature, top_p, rng).tolist()
-            for row in reversed(range(len(writing))):                            # backwards, since the last row takes the place of one that ends
-                i = writing[row]
-                if tokens[row] != eos:
-                    out[i].append(tokens[row])
-                if tokens[row] == eos or len(out[i]) == limits[i]:
-                    cache.move(len(writing) - 1, row)
-                    tokens[row], writing[row] = tokens[-1], writing[-1]
-                    del tokens[-1], writing[-1]
-                    if done:
-                        done(i, out[i])
-            cache.part = slice(0, len(writing))
-            h = self.go_on(torch.tensor(tokens, device=device)[:, None], cache)[:, -1] if writing else h[:0]
+        with Packed() if max(limits, default=0) >= 32 and Packed.able(self) else nullcontext():       # fewer tokens do not pay for the copies
+            while waiting or writing:
+                if fresh := [waiting.pop() for _ in range(min(len(waiting), len(cache.length) - len(writing)))]:
+                    cache.part = slice(len(writing), len(writing) + len(fresh))
+                    h, writing = torch.cat([h, self.read([prompts[i] for i in fresh], cache, shared)]), writing + fresh
+                tokens = pick(F.linear(h, self.head).float(), temperature, top_p, rng).tolist()
+                for row in reversed(range(len(writing))):                        # backwards, since the last row takes the place of one that ends
+                    i = writing[row]
+                    if tokens[row] != eos:
+                        out[i].append(tokens[row])
+                    if tokens[row] == eos or len(out[i]) == limits[i]:
+                        cache.move(len(writing) - 1, row)
+                        tokens[row], writing[row] = tokens[-1], writing[-1]
+                        del tokens[-1], writing[-1]
+                        if done:
+                            done(i, out[i])
+                cache.part = slice(0, len(writing))
+                h = self.go_on(torch.tensor(tokens, device=device)[:, None], cache)[:, -1] if writing else h[:0]
         self.train(was_training)
         return out
 

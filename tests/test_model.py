@@ -1,4 +1,5 @@
 """model.py against transformers, on small random checkpoints and on the real SmolLM2-135M."""
+import copy
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, small_config, randomise
 
+import balora
 import model
 
 transformers = pytest.importorskip("transformers")
@@ -329,6 +331,52 @@ def test_ended_rows_give_their_place_to_the_next_prompt(small):
     assert any(len(a) < n for a, n in zip(alone, limits)) and any(len(a) == n for a, n in zip(alone, limits))
     same = net.generate([[5, 6, 7]] * 3, max_new=9, eos=-1, rows=2)
     assert same == [net.generate([[5, 6, 7]], max_new=9, eos=-1)[0]] * 3 and net.generate([]) == []
+
+
+@pytest.mark.parametrize("method", [None, "balora", "dora"])
+def test_packed_weights_change_only_the_rounding(small, method, monkeypatch):
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("this CPU has no bf16 kernels of oneDNN")
+    net = small(tied=False).to(torch.bfloat16)
+    if method:
+        balora.attach(net, method, r=4, alpha=4)
+        for p in (p for p in net.parameters() if p.requires_grad):
+            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 211, (4, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        plain = net(ids).float()
+        with model.Packed() as packed:
+            close = net(ids).float()
+        exact = copy.deepcopy(net).float()(ids)
+    assert len(packed.copies) == 2 * 7 + 1                                       # every linear layer and the head, and nothing that is made on the way
+    assert (close - exact).norm() < 1.2 * (plain - exact).norm()
+
+    made, prompts, init = [], [[3], [9, 8, 7, 6, 5, 4], [11, 12]], model.Packed.__init__
+    monkeypatch.setattr(model.Packed, "__init__", lambda self: (init(self), made.append(self))[0])
+    for row, prompt in zip(net.generate(prompts, 40, eos=-1, rows=2), prompts):
+        with torch.no_grad():
+            Z = net(torch.tensor([prompt + row]))[0, len(prompt) - 1:-1].float()
+        assert len(row) == 40 and (Z.amax(-1) - Z[range(40), row]).max() < 0.05 * Z.std()
+    assert [len(p.copies) for p in made] == [15]
+    net.generate(prompts, 31, eos=-1)
+    copy.deepcopy(net).float().generate(prompts, 40, eos=-1)
+    net.compiled = True
+    net.generate(prompts, 40, eos=-1)
+    assert len(made) == 1
+
+
+def test_packed_products():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("this CPU has no bf16 kernels of oneDNN")
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = torch.nn.Linear(24, 40, bias=bias).to(torch.bfloat16)
+        for shape in ((5, 24), (2, 3, 24), (1, 24)):
+            x = torch.randn(shape).to(torch.bfloat16)
+            with torch.no_grad(), model.Packed() as packed:
+                y = layer(x)
+            want = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+            assert len(packed.copies) == 1 and y.shape == want.shape and (y - want).abs().max() < 2**-7 * want.abs().max()
 
 
 def test_greedy_equals_transformers(tmp_path):
