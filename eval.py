@@ -1013,11 +1013,12 @@ def plot_differences(ax, points, colour, marker, label=None):
 
 def plot_noise(gains, name, path):
     """{other method: {level: gains of BA-LoRA over it}}: a dot a seed, a line through the means."""
-    plt = pyplot()
+    plt, called = pyplot(), {"lora": "LoRA", "pissa": "PiSSA"}
     fig, ax = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    for (other, by_level), colour, marker in zip(gains.items(), COLOURS, "os"):
-        plot_differences(ax, {float(level): values for level, values in by_level.items()}, colour, marker, f"BA-LoRA - {other}")
-    ax.set(xlabel="share of wrong facts in pre-training", ylabel=f"gain, {name}")
+    for (other, by_level), colour, marker, aside in zip(gains.items(), COLOURS, "os", (-0.004, 0.004)):            # beside each other, not on top
+        plot_differences(ax, {float(level) + aside: values for level, values in by_level.items()}, colour, marker, f"BA-LoRA - {called[other]}")
+    levels = [float(level) for level in next(iter(gains.values()))]
+    ax.set(xlabel="share of wrong facts in pre-training", ylabel=f"gain, {name.replace('_', ' ')}", xticks=levels, xticklabels=[f"{level:g}" for level in levels])
     ax.legend(frameon=False)
     finish_axes([ax])
     save_figure(fig, path)
