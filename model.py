@@ -200,13 +200,14 @@ class Attention(nn.Module):
             bias = self.relative(q, k, where) if bias is None else self.relative(q, k, where).masked_fill(~bias, float("-inf"))
         causal = True if self.causal and bias is None and q.shape[2] > 1 else False   # a plain bool, which torch.compile wants
         p = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and past is None and q.shape[2] <= WRITTEN_OUT and self.scale < 1:
-            y = attend(q, k, v, bias, causal, p, self.scale)
-        elif q.shape[2] == 1 and q.shape[1] != k.shape[1]:                       # the heads that share a key are its queries: a fifth of the time of one query a head
+        if shared := q.shape[2] == 1 and q.shape[1] != k.shape[1]:               # the heads that share a key are its queries: a fifth of the time of one query a head
             q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                      # [B, G, H/G, hd]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=self.scale).flatten(1, 2)[:, :, None]
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and self.scale < 1 and x.shape[1] <= WRITTEN_OUT:
+            y = attend(q, k, v, bias, causal, p, self.scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        if shared:
+            y = y.flatten(1, 2)[:, :, None]
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def relative(self, q, k, rows):
@@ -225,7 +226,8 @@ def attend(q, k, v, bias, causal, p, scale):
 
     The scores are rounded to bf16 on the way; T5's, which are not scaled, are too large for that.
     """
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     S = (q * scale) @ k.mT                                                       # [B, H, L, S]
     if causal:
         bias = causal_mask(None, torch.arange(q.shape[2], device=q.device)[None], q.shape[2])
@@ -288,11 +290,16 @@ class Cache:
         self.memory = self.real = None
 
     def open(self, L):
-        """Find the slots [B, L] of the next L tokens of each row, and make room for them."""
+        """Find the slots [B, L] of the next L tokens of each row, and make room for them.
+
+        Attention looks at all slots, whose number follows the longest row: a part of them would be copied for every product. Not so where all rows begin.
+        """
         self.slots = self.length[self.part, None] + torch.arange(L, device=self.length.device)
-        self.end = int(self.slots.max()) + 1
-        if (lacking := self.end - self.k.shape[3]) > 0:
-            self.k, self.v = (F.pad(t, (0, 0, 0, max(lacking, t.shape[3] // 2))) for t in (self.k, self.v))
+        first, end = self.slots.min().item(), self.slots.max().item() + 1
+        taken, slots = max(end, self.length.max().item()), self.k.shape[3]
+        if not taken <= slots <= taken + 128:
+            self.k, self.v = (F.pad(t, (0, 0, 0, taken + 64 - slots)) for t in (self.k, self.v))
+        self.end = L if first == 0 and end == L else self.k.shape[3]
 
     def layer(self, i):
         rows = torch.arange(len(self.slots), device=self.slots.device)[:, None]
@@ -301,16 +308,17 @@ class Cache:
             kept = self.k[i, self.part], self.v[i, self.part]                    # [B, G, slots, hd], views
             for old, new in zip(kept, (k, v)):
                 old[rows, :, self.slots] = new.transpose(1, 2).to(old.dtype)
-            return [t[:, :, :self.end] for t in kept]
+            return kept if self.end == self.k.shape[3] else [t[:, :, :self.end] for t in kept]
         return past
 
     def move(self, source, target):
-        """Row `source` over row `target`."""
+        """Row `source` over row `target`; `source` is free."""
         self.length[target] = end = int(self.length[source])
         for t in (self.k, self.v):
             t[:, target, :, :end] = t[:, source, :, :end]
         if self.memory is not None:
             self.memory[target], self.real[target] = self.memory[source], self.real[source]
+        self.length[source] = 0
 
 
 class Packed(TorchFunctionMode):
@@ -374,7 +382,7 @@ class Stack(nn.Module):
         """-> what `Attention` calls where and bias."""
         c, L, where, allowed = self.config, x.shape[1], None, None
         query, end = (cache.slots, cache.end) if cache else (torch.arange(L, device=x.device)[None], L)
-        plain = not cache or (int(query.min()) == end - L and L in (1, end))     # all rows stand alike, and a kernel's own causal mask is the right one
+        plain = end == L                                                         # all rows begin here, and a kernel's own causal mask is the right one
         if not c.causal:
             allowed = None if mask is None else mask.bool()[:, None, None]       # [B, 1, 1, L]
         elif mask is not None or not plain or (c.position == "t5" and L > 1):

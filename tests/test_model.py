@@ -379,6 +379,21 @@ def test_packed_products():
             assert len(packed.copies) == 1 and y.shape == want.shape and (y - want).abs().max() < 2**-7 * want.abs().max()
 
 
+def test_the_cache_follows_the_longest_row(small):
+    net, rng = small(tied=False, max_len=1024), random.Random(0)
+    prompts = [[rng.randrange(3, 211) for _ in range(n)] for n in (500, 7, 5, 3)]
+    limits, widths, open_ = [3, 90, 80, 90], [], model.Cache.open
+
+    def opened(cache, L):
+        open_(cache, L)
+        widths.append(cache.k.shape[3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.Cache, "open", opened)
+        together = net.generate(prompts, limits, eos=-1, rows=2)
+    assert together == [net.generate([p], max_new=n, eos=-1)[0] for p, n in zip(prompts, limits)]
+    assert max(widths) >= 502 and widths[-1] < 7 + 90 + 129                      # the long one has ended, and what it took was given back
+
+
 def test_greedy_equals_transformers(tmp_path):
     theirs, (ours, _) = reference(tmp_path, tied=False), model.load(str(tmp_path))
     prompt = torch.randint(3, 211, (1, 10), generator=torch.Generator().manual_seed(3))
