@@ -19,7 +19,7 @@ import math
 import os
 import pickle
 import re
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         p = self.dropout if self.training else 0.0
         if shared := q.shape[2] == 1 and q.shape[1] != k.shape[1]:               # the heads that share a key are its queries: a fifth of the time of one query a head
             q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)                      # [B, G, H/G, hd]
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and self.scale < 1 and x.shape[1] <= WRITTEN_OUT:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and self.scale < 1 and x.shape[1] * k.shape[2] <= WRITTEN_OUT:
             y = attend(q, k, v, bias, causal, p, self.scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -218,7 +218,8 @@ class Attention(nn.Module):
         return (c2p + p2c.mT).transpose(0, 1)
 
 
-WRITTEN_OUT = 256                     # longest sequence, tokens, for `attend`: it keeps the scores [B, H, L, S] for its backward pass
+BF16_KERNELS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()       # oneDNN's; without them `attend` is slower, too
+WRITTEN_OUT = 256**2 if BF16_KERNELS else 0     # most scores [L, S] a head for `attend`, which keeps them for its backward pass
 
 
 def attend(q, k, v, bias, causal, p, scale):
@@ -313,9 +314,9 @@ class Cache:
 
     def move(self, source, target):
         """Row `source` over row `target`; `source` is free."""
-        self.length[target] = end = int(self.length[source])
+        self.length[target] = self.length[source].clone()
         for t in (self.k, self.v):
-            t[:, target, :, :end] = t[:, source, :, :end]
+            t[:, target] = t[:, source]
         if self.memory is not None:
             self.memory[target], self.real[target] = self.memory[source], self.real[source]
         self.length[source] = 0
@@ -334,8 +335,8 @@ class Packed(TorchFunctionMode):
 
     @staticmethod
     def able(net):
-        bf16 = net.embed.weight.device.type == "cpu" and net.embed.weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-        return bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and 2 * sum(p.numel() for p in net.parameters()) <= Packed.most and not net.compiled
+        bf16 = net.embed.weight.device.type == "cpu" and net.embed.weight.dtype == torch.bfloat16
+        return BF16_KERNELS and bf16 and 2 * sum(p.numel() for p in net.parameters()) <= Packed.most and not net.compiled
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         if f is not F.linear or kwargs or not isinstance(args[1], nn.Parameter) or not args[0].dtype == args[1].dtype == torch.bfloat16:
@@ -528,13 +529,16 @@ class Transformer(Stack):
             raise ValueError("generate: an empty prompt; give at least one token (the bos token, for example)")
         if long := [i for i, p in enumerate(prompts) if len(p) + limits[i] > self.config.max_len]:
             raise ValueError(f"generate: {len(prompts[long[0]])} prompt tokens + max_new {limits[long[0]]} exceed the model's {self.config.max_len}; shorten one of them")
-        device, was_training = self.embed.weight.device, self.training
-        self.eval()
-        rng, out = torch.Generator(device).manual_seed(seed), [[] for _ in prompts]
+        device, out = self.embed.weight.device, [[] for _ in prompts]
+        rng = torch.Generator(device).manual_seed(seed)
         waiting = sorted((i for i in range(len(prompts)) if limits[i] > 0), key=lambda i: len(prompts[i]))
         writing, h = [], self.embed.weight.new_empty(0, self.config.d)           # the prompts of the cache's first rows, their last states [B, d]
-        cache, shared = self.reader(prompts, min(rows or len(prompts), len(prompts)))
-        with Packed() if max(limits, default=0) >= 32 and Packed.able(self) else nullcontext():       # fewer tokens do not pay for the copies
+        with ExitStack() as at_the_end:
+            at_the_end.callback(self.train, self.training)
+            self.eval()
+            cache, shared = self.reader(prompts, min(rows or len(prompts), len(prompts)))
+            if max(limits, default=0) >= 32 and Packed.able(self):               # fewer tokens do not pay for the copies
+                at_the_end.enter_context(Packed())
             while waiting or writing:
                 if fresh := [waiting.pop() for _ in range(min(len(waiting), len(cache.length) - len(writing)))]:
                     cache.part = slice(len(writing), len(writing) + len(fresh))
@@ -552,7 +556,6 @@ class Transformer(Stack):
                             done(i, out[i])
                 cache.part = slice(0, len(writing))
                 h = self.go_on(torch.tensor(tokens, device=device)[:, None], cache)[:, -1] if writing else h[:0]
-        self.train(was_training)
         return out
 
     def reader(self, prompts, rows):
@@ -576,6 +579,8 @@ class Transformer(Stack):
         ids = torch.tensor([p[shared:] + [0] * (width - len(p)) for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache.length[cache.part] = shared
+        for t in (cache.k, cache.v):
+            t[:, cache.part, :, shared:] = 0                                     # what the rows' last owners left
         if self.encoder is None:                                                 # padding on the right: causal attention never looks there, and what is written goes over it
             h = self.go_on(ids, cache)[torch.arange(len(ids)), lengths - shared - 1]
             cache.length[cache.part] = lengths

@@ -238,7 +238,7 @@ def dry_run(s):
     fixed, measured = eval.adapter_memory(net, s, width)
     layer = next(iter(balora.adapted_layers(net).values()), None)
     rank = 0 if full else len(layer.A) * (2 if getattr(layer, "B0", None) is not None else 1)
-    block = kept_values(c, rank, s.method, width, s.max_len if device == "cpu" and width == 2 and s.max_len <= model.WRITTEN_OUT else 0)
+    block = kept_values(c, rank, s.method, width, s.max_len if device == "cpu" and width == 2 and s.max_len**2 <= model.WRITTEN_OUT else 0)
     parts = {
         "weights": report.total * (4 if full else width),
         "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),

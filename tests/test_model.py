@@ -335,7 +335,7 @@ def test_ended_rows_give_their_place_to_the_next_prompt(small):
 
 @pytest.mark.parametrize("method", [None, "balora", "dora"])
 def test_packed_weights_change_only_the_rounding(small, method, monkeypatch):
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not model.BF16_KERNELS:
         pytest.skip("this CPU has no bf16 kernels of oneDNN")
     net = small(tied=False).to(torch.bfloat16)
     if method:
@@ -366,7 +366,7 @@ def test_packed_weights_change_only_the_rounding(small, method, monkeypatch):
 
 
 def test_packed_products():
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not model.BF16_KERNELS:
         pytest.skip("this CPU has no bf16 kernels of oneDNN")
     torch.manual_seed(0)
     for bias in (True, False):
@@ -392,6 +392,25 @@ def test_the_cache_follows_the_longest_row(small):
         together = net.generate(prompts, limits, eos=-1, rows=2)
     assert together == [net.generate([p], max_new=n, eos=-1)[0] for p, n in zip(prompts, limits)]
     assert max(widths) >= 502 and widths[-1] < 7 + 90 + 129                      # the long one has ended, and what it took was given back
+
+
+@pytest.mark.parametrize("rows, limits", [(1, [4, 9]), (2, [1, 9])])
+def test_a_prompt_that_is_not_finite_spoils_no_other(small, rows, limits):
+    net = small(tied=False)
+    net.embed.weight.data[7] = float("nan")
+    prompts = [[3, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7], [3, 4, 5]]                      # the long one is read first; the short one follows in its place, or moves over it
+    assert net.generate(prompts, limits, eos=-1, rows=rows)[1] == net.generate(prompts[1:], limits[1], eos=-1)[0]
+
+
+def test_generate_leaves_the_mode_as_it_was(small):
+    net = small(tied=False)
+    for mode in (True, False):
+        net.train(mode)
+        net.generate([[5, 6]], 3, eos=-1)
+        assert net.training == mode
+        with pytest.raises(KeyboardInterrupt):
+            net.generate([[5, 6]], 3, eos=-1, done=lambda i, ids: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert net.training == mode
 
 
 def test_greedy_equals_transformers(tmp_path):
