@@ -1454,7 +1454,7 @@ def complete(url, body, retries=5, timeout=120.0, stop=None):
     """One chat completion of an OpenAI-compatible endpoint (key: OPENAI_API_KEY) -> its text.
 
     Rate limits, server errors, time-outs (seconds of silence), broken connections and replies without the text are tried again, up to `retries` times,
-    unless the event `stop` is set. Raises ConnectionError when they are used up, ValueError at once for a request that the server refuses.
+    unless the event `stop` is set. Raises ConnectionError when they are used up and where the server refuses this very text, ValueError where it refuses any.
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}))
@@ -1469,7 +1469,8 @@ def complete(url, body, retries=5, timeout=120.0, stop=None):
         except urllib.error.HTTPError as e:
             why, wait = f"{e.code} {e.reason}", max(wait, retry_after(e.headers))
             if e.code < 500 and e.code not in (408, 409, 429):
-                raise ValueError(f"{url}: {why}: {error_text(e)}; check --judge_url, --judge_model={body['model']}, and the key in OPENAI_API_KEY"
+                refused = ConnectionError if e.code in (400, 413, 422) else ValueError       # too long, not allowed: another text may pass
+                raise refused(f"{url}: {why}: {error_text(e)}; check --judge_url, --judge_model={body['model']}, and the key in OPENAI_API_KEY"
                                  + ("" if key else " (which is not set)")) from None
         except (OSError, http.client.HTTPException) as e:                        # no connection, a time-out, a reply that breaks off
             why = str(getattr(e, "reason", e)) or type(e).__name__
@@ -1494,10 +1495,10 @@ def error_text(e):
 def ask_judge(o, todo, path, lines):
     """Have `todo` rated, --parallel requests at a time; each rating is a line of `path` (and of `lines`) as it comes. -> why the ones that failed did.
 
-    Where nothing at all is answered, it stops after twice --parallel failures instead of waiting through every item.
+    It stops after ten failures in a row instead of waiting through every item.
     """
     url, stop, lock, failed = o.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", threading.Event(), threading.Lock(), []
-    start = len(lines)
+    in_a_row = 0
 
     def one(item):
         if stop.is_set():
@@ -1518,9 +1519,10 @@ def ask_judge(o, todo, path, lines):
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), desc="judge", unit="turn", disable=None):
             try:
                 future.result()
+                in_a_row = 0
             except ConnectionError as e:
-                failed.append(str(e))
-                if len(failed) == 2 * o.parallel and len(lines) == start:
+                failed, in_a_row = failed + [str(e)], in_a_row + 1
+                if in_a_row == 10:
                     break
     finally:
         stop.set()
