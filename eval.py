@@ -700,32 +700,31 @@ def measure(net, tok, examples, batch_size, K, k, device, drift=True, chunk=128)
     loss: nats a response token. drift: mean KL(P_P ‖ P_F) at T = 1, nats a token (None where there is no teacher); passage_ppl:
     perplexity of PASSAGE. diversity: mean entropy of the renormalised top K, nats. spectrum: mean over batches of Σ_{i≤k} σ_i / Σ σ_j of Z.
     """
-    was_training, E, R = net.training, net.head, balora.head_factor(net.head)
-    net.eval()
+    E, R = net.head, balora.head_factor(net.head)
     total, shares = dict(loss=0.0, drift=0.0, diversity=0.0), []
-    for rows in tqdm(batches_by_length(examples, batch_size), desc="evaluate", unit="batch", leave=False, disable=None):
-        ids, valid, y = collate([examples[i] for i in rows], device)
-        H_F, H_P = net.hidden(ids)[valid], None
-        if drift:
-            with balora.teacher(net):
-                H_P = net.hidden(ids)[valid]
-        if not H_F.isfinite().all():
-            raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
-        for part in (slice(a, a + chunk) for a in range(0, len(y), chunk)):
-            Z_F = balora.logits(H_F[part], E)
-            total["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
-            total["diversity"] -= balora.dr_nlg(Z_F, K).item() * len(Z_F)
+    with balora.evaluating(net):
+        for rows in tqdm(batches_by_length(examples, batch_size), desc="evaluate", unit="batch", leave=False, disable=None):
+            ids, valid, y = collate([examples[i] for i in rows], device)
+            H_F, H_P = net.hidden(ids)[valid], None
             if drift:
-                total["drift"] += balora.cr_nlg(balora.logits(H_P[part], E), Z_F, T=1.0).item() * len(Z_F)
-        sigma = torch.linalg.svdvals(F.linear(H_F.float(), R).to("cpu" if device == "mps" else device))
-        shares.append((sigma[:k].sum() / sigma.sum()).item())
+                with balora.teacher(net):
+                    H_P = net.hidden(ids)[valid]
+            if not H_F.isfinite().all():
+                raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
+            for part in (slice(a, a + chunk) for a in range(0, len(y), chunk)):
+                Z_F = balora.logits(H_F[part], E)
+                total["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
+                total["diversity"] -= balora.dr_nlg(Z_F, K).item() * len(Z_F)
+                if drift:
+                    total["drift"] += balora.cr_nlg(balora.logits(H_P[part], E), Z_F, T=1.0).item() * len(Z_F)
+            sigma = torch.linalg.svdvals(F.linear(H_F.float(), R).to("cpu" if device == "mps" else device))
+            shares.append((sigma[:k].sum() / sigma.sum()).item())
+        ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=device)
+        passage_ppl = F.cross_entropy(net(ids)[0, :-1].double(), ids[0, 1:]).exp().item()
     M = sum(len(a) for _, a in examples)
-    out = {name: value / M for name, value in total.items()} | {"spectrum": statistics.mean(shares)}
+    out = {name: value / M for name, value in total.items()} | {"spectrum": statistics.mean(shares), "passage_ppl": passage_ppl}
     if not drift:
         out["drift"] = None
-    ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=device)
-    out["passage_ppl"] = F.cross_entropy(net(ids)[0, :-1].double(), ids[0, 1:]).exp().item()
-    net.train(was_training)
     return out
 
 
@@ -1471,7 +1470,7 @@ def complete(url, body, retries=5, timeout=120.0, stop=None):
             if e.code < 500 and e.code not in (408, 409, 429):
                 refused = ConnectionError if e.code in (400, 413, 422) else ValueError       # too long, not allowed: another text may pass
                 raise refused(f"{url}: {why}: {error_text(e)}; check --judge_url, --judge_model={body['model']}, and the key in OPENAI_API_KEY"
-                                 + ("" if key else " (which is not set)")) from None
+                              + ("" if key else " (which is not set)")) from None
         except (OSError, http.client.HTTPException) as e:                        # no connection, a time-out, a reply that breaks off
             why = str(getattr(e, "reason", e)) or type(e).__name__
         except (ValueError, LookupError, TypeError) as e:
@@ -1497,33 +1496,36 @@ def ask_judge(o, todo, path, lines):
 
     It stops after ten failures in a row instead of waiting through every item.
     """
-    url, stop, lock, failed = o.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", threading.Event(), threading.Lock(), []
-    in_a_row = 0
+    url, stop, lock = o.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions", threading.Event(), threading.Lock()
+    failed, in_a_row = [], 0
 
     def one(item):
+        nonlocal in_a_row
         if stop.is_set():
             return
         messages = [dict(role="system", content=item["system"]), dict(role="user", content=item["user_prompt"])]
         try:
             text = complete(url, dict(model=o.judge_model, messages=messages, temperature=0, max_tokens=2048), o.retries, o.timeout, stop)
+        except ConnectionError as e:
+            with lock:
+                failed.append(str(e))
+                in_a_row += 1
+                if in_a_row == 10:
+                    stop.set()
+            return
         except ValueError:
             stop.set()                                                           # what is refused once is not asked 160 times
             raise
         known = {k: v for k, v in item.items() if k not in ("system", "turn")}
         with lock:
+            in_a_row = 0
             lines.append(dict(**known, judgment=text, score=rating(text), turn=item["turn"], tstamp=time.time()))
             append(path, lines[-1])
     pool = concurrent.futures.ThreadPoolExecutor(o.parallel)
     try:
         futures = [pool.submit(one, item) for item in todo]
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), desc="judge", unit="turn", disable=None):
-            try:
-                future.result()
-                in_a_row = 0
-            except ConnectionError as e:
-                failed, in_a_row = failed + [str(e)], in_a_row + 1
-                if in_a_row == 10:
-                    break
+            future.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)                                       # replies under way are paid for: they are waited for, and written

@@ -584,18 +584,17 @@ def collate(examples, pad, device):
 @torch.no_grad()
 def predict(net, examples, device, batch_size=64, desc="evaluate"):
     """-> class logits Z [N, D] and features [N, d], fp32 on the CPU, in the order of `examples`: eval mode, batches sorted by length."""
-    was_training, Z, features = net.training, None, None
-    net.eval()
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    for rows in tqdm([order[i:i + batch_size] for i in range(0, len(order), batch_size)], desc=desc, unit="batch", leave=False, disable=None):
-        ids, mask, _ = collate([examples[i] for i in rows], net.config.pad, device)
-        z, f = (t.float().cpu() for t in net.classify(ids, mask))
-        if not z.isfinite().all():
-            raise ValueError("evaluation: the logits are not finite; lower --learning_rate")
-        if Z is None:
-            Z, features = torch.empty(len(examples), z.shape[1]), torch.empty(len(examples), f.shape[1])
-        Z[rows], features[rows] = z, f
-    net.train(was_training)
+    Z = features = None
+    with balora.evaluating(net):
+        for rows in tqdm([order[i:i + batch_size] for i in range(0, len(order), batch_size)], desc=desc, unit="batch", leave=False, disable=None):
+            ids, mask, _ = collate([examples[i] for i in rows], net.config.pad, device)
+            z, f = (t.float().cpu() for t in net.classify(ids, mask))
+            if not z.isfinite().all():
+                raise ValueError("evaluation: the logits are not finite; lower --learning_rate")
+            if Z is None:
+                Z, features = torch.empty(len(examples), z.shape[1]), torch.empty(len(examples), f.shape[1])
+            Z[rows], features[rows] = z, f
     return Z, features
 
 
@@ -621,29 +620,28 @@ def task_loss(Z, y, smoothing=0.0):
 
 def fit_head(net, examples, device, seed, steps=300, batch_size=64):
     """--probe: the new head on the frozen encoder's states, which are computed once. AdamW, lr 1e-3; the state that is best on a tenth of the rows, held out, stays."""
-    states, rng, was_training = [], random.Random(f"probe {seed}"), net.training
-    net.eval()
-    with torch.no_grad():
-        for start in tqdm(range(0, len(examples), batch_size), desc="probe: states", unit="batch", leave=False, disable=None):
-            ids, mask, _ = collate(examples[start:start + batch_size], net.config.pad, device)
-            states.append(net.hidden(ids, mask)[:, 0])
-    states, y = torch.cat(states), torch.tensor([label for _, label in examples]).to(device)
-    order, best = rng.sample(range(len(y)), len(y)), None
-    held, rest = order[:max(1, len(y) // 10)], order[max(1, len(y) // 10):]
-    optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
-    for step in range(steps + 1):
-        if step % 20 == 0:
-            with torch.no_grad():
-                loss = task_loss(net.classifier(states[held])[0], y[held]).item()
-            if best is None or loss < best[0]:
-                best = loss, step, {name: p.detach().clone() for name, p in net.classifier.state_dict().items()}
-        rows = rng.sample(rest, min(batch_size, len(rest)))
+    states, rng = [], random.Random(f"probe {seed}")
+    with balora.evaluating(net):
+        with torch.no_grad():
+            for start in tqdm(range(0, len(examples), batch_size), desc="probe: states", unit="batch", leave=False, disable=None):
+                ids, mask, _ = collate(examples[start:start + batch_size], net.config.pad, device)
+                states.append(net.hidden(ids, mask)[:, 0])
+        states, y = torch.cat(states), torch.tensor([label for _, label in examples]).to(device)
+        order, best = rng.sample(range(len(y)), len(y)), None
+        held, rest = order[:max(1, len(y) // 10)], order[max(1, len(y) // 10):]
+        optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
+        for step in range(steps + 1):
+            if step % 20 == 0:
+                with torch.no_grad():
+                    loss = task_loss(net.classifier(states[held])[0], y[held]).item()
+                if best is None or loss < best[0]:
+                    best = loss, step, {name: p.detach().clone() for name, p in net.classifier.state_dict().items()}
+            rows = rng.sample(rest, min(batch_size, len(rest)))
+            optimizer.zero_grad()
+            task_loss(net.classifier(states[rows])[0], y[rows]).backward()
+            optimizer.step()
         optimizer.zero_grad()
-        task_loss(net.classifier(states[rows])[0], y[rows]).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    net.classifier.load_state_dict(best[2])
-    net.train(was_training)
+        net.classifier.load_state_dict(best[2])
     print(f"probe: head of step {best[1]} of {steps} on the frozen encoder, loss {best[0]:.4f} on {len(held)} held-out training rows")
 
 

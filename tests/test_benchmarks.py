@@ -415,7 +415,7 @@ def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
         command(*args, f"--judge_url={server.url}")
     assert "\n" not in str(e.value) and "sk-test" not in str(e.value)
     kept = lines_of(out)
-    assert 40 == len(kept) and len(server.asked) < 100                           # nothing paid for is lost, and the rest is not asked
+    assert 40 == len(kept) and len(server.asked) <= 80                           # nothing paid for is lost, and the rest is not asked: ten in a row, which three late replies may begin anew
     with open(out, "a") as f:
         f.write('{"question_id": 160, "sco')                                     # as a kill leaves it
     server.reply = lambda n, body: good("[[7]]")
@@ -487,12 +487,14 @@ def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
     assert len(server.asked) == 1 and server.asked[0][1] is None
 
 
-@pytest.mark.parametrize("trouble, asked", [((500, {}, ""), 162), ((400, {}, '{"error": {"message": "not allowed"}}'), 160)])
-def test_what_fails_for_good_is_left_to_the_next_call(server, answers, capsys, trouble, asked):
+@pytest.mark.parametrize("trouble, why, asked", [
+    ((500, {}, ""), "500 Internal Server Error", 162), ((400, {}, '{"error": {"message": "not allowed"}}'), "http[^ ]*: 400 Bad Request: not allowed; check [^;]*", 160),
+])
+def test_what_fails_for_good_is_left_to_the_next_call(server, answers, capsys, trouble, why, asked):
     path, args = answers
     server.reply = lambda n, body: trouble if "first 85" in body["messages"][1]["content"] else good("[[7]]")
-    with pytest.raises(ValueError, match=f"2 of 160 turns could not be rated .last: .*{trouble[0]} .*; the same command asks for those alone"):
-        command(*args, f"--judge_url={server.url}", "--retries=1", "--parallel=1")
+    with pytest.raises(ValueError, match=f"2 of 160 turns could not be rated .last: {why}.; the same command asks for those alone"):
+        command(*args, f"--judge_url={server.url}", "--retries=1")
     assert len(server.asked) == asked and "all turns       7.00  (158 ratings)" in capsys.readouterr().out
     server.reply = lambda n, body: good("[[7]]")
     command(*args, f"--judge_url={server.url}")
