@@ -1,4 +1,5 @@
 """balora.py against peft, closed forms, finite differences, and the invariants of the methods."""
+
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from conftest import calibration, encoder
 
 IDS = torch.randint(2, 211, (3, 40), generator=torch.Generator().manual_seed(5))
 LOWRANK = [name for name, m in balora.METHODS.items() if m.init]
-ENCODERS_ONLY = {"bitfit", "hadapter", "padapter"}                               # LLaMA has no biases, and norms before its parts
+ENCODERS_ONLY = {"bitfit", "hadapter", "padapter"}  # LLaMA has no biases, and norms before its parts
 
 
 def attach(net, method, **options):
@@ -37,6 +38,7 @@ def logits(net):
 
 
 # the bracket
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", LOWRANK)
@@ -61,7 +63,9 @@ def test_the_layer_is_its_equation():
     layer.A.data, layer.B.data = torch.tensor([[2.0, 1.0, 2.0]]), torch.tensor([[2.0], [3.0]])
     # B A - B0 A0 = [[4,2,4],[6,3,6]] - [[1,0,2],[3,0,6]] = [[3,2,2],[3,3,0]]; x = (1,1,1): W x + b = (6.5, 14.5); + 0.5 (7, 6)
     assert torch.equal(layer(torch.ones(1, 3)), torch.tensor([[10.0, 17.5]]))
-    assert torch.equal(layer.merged().weight, linear.weight + 0.5 * torch.tensor([[3.0, 2.0, 2.0], [3.0, 3.0, 0.0]]))
+    assert torch.equal(
+        layer.merged().weight, linear.weight + 0.5 * torch.tensor([[3.0, 2.0, 2.0], [3.0, 3.0, 0.0]])
+    )
 
 
 @pytest.mark.parametrize("method", LOWRANK)
@@ -77,7 +81,9 @@ def test_gradients_are_those_of_s_B_A(small, method):
         G = layer.weight.grad
         E = layer.E if method == "adalora" else torch.ones(len(layer.A))
         if method != "lora-fa":
-            torch.testing.assert_close(layer.A.grad, layer.s * E[:, None] * (layer.B.T @ G), rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(
+                layer.A.grad, layer.s * E[:, None] * (layer.B.T @ G), rtol=1e-3, atol=1e-7
+            )
         torch.testing.assert_close(layer.B.grad, layer.s * E * (G @ layer.A.T), rtol=1e-3, atol=1e-7)
         layer.weight.requires_grad_(False)
         layer.weight.grad = None
@@ -96,7 +102,14 @@ def test_bf16_bracket_does_not_cancel(small):
         B, A = (t.detach() for t in layer.bracket())
         exact = x.double() @ (A.double().T @ B.double().T)
         ours = F.linear(F.linear(x, A.bfloat16()), B.bfloat16()).double()
-        naive = (F.linear(F.linear(x, layer.A.bfloat16()), layer.B.bfloat16()) - F.linear(F.linear(x, layer.A0), layer.B0)).double().detach()
+        naive = (
+            (
+                F.linear(F.linear(x, layer.A.bfloat16()), layer.B.bfloat16())
+                - F.linear(F.linear(x, layer.A0), layer.B0)
+            )
+            .double()
+            .detach()
+        )
         assert (ours - exact).norm() < 0.01 * exact.norm()
         assert (naive - exact).norm() > 0.5 * exact.norm()
 
@@ -106,10 +119,15 @@ def test_A_and_B_start_from_exactly_A0_and_B0_and_stay_fp32(small):
     balora.attach(net, "balora", r=4)
     for layer in balora.adapted_layers(net).values():
         assert layer.A0.dtype == torch.bfloat16 and layer.A.dtype == layer.B.dtype == torch.float32
-        assert torch.equal(layer.A, layer.A0.float()) and torch.equal(layer.B, layer.B0.float()) and layer.A.data_ptr() != layer.A0.data_ptr()
+        assert (
+            torch.equal(layer.A, layer.A0.float())
+            and torch.equal(layer.B, layer.B0.float())
+            and layer.A.data_ptr() != layer.A0.data_ptr()
+        )
 
 
 # initialisations
+
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
 @pytest.mark.parametrize("niter", [0, 10])
@@ -124,7 +142,10 @@ def test_pissa_invariants(shape, niter):
     residual = W - s * B0 @ A0
     for gram in (A0 @ A0.T, B0.T @ B0):
         torch.testing.assert_close(gram, torch.diag(S[:r] / s), rtol=1e-4, atol=1e-3)
-    assert abs(torch.linalg.matrix_norm(residual, 2) - S[r]) < 1e-3 and abs(residual.norm() - S[r:].norm()) < 1e-3
+    assert (
+        abs(torch.linalg.matrix_norm(residual, 2) - S[r]) < 1e-3
+        and abs(residual.norm() - S[r:].norm()) < 1e-3
+    )
     assert (residual @ A0.T).norm() < 1e-2 and (B0.T @ residual).norm() < 1e-2
 
 
@@ -134,8 +155,10 @@ def test_pissa_equals_peft(small, tmp_path, init, niter):
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = small()
     net.save(tmp_path, model.Bytes())
-    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
-                                 peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=list(balora.TARGETS)))
+    theirs = peft.get_peft_model(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+        peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=list(balora.TARGETS)),
+    )
     balora.attach(net, "pissa", r=4, alpha=8, niter=niter)
     for name, layer in balora.adapted_layers(net).items():
         other = theirs.get_submodule(f"base_model.model.{net.checkpoint_name(name)}")
@@ -164,6 +187,7 @@ def test_init_draws_nothing_from_the_global_generator_and_is_seeded(small):
 
 # attach
 
+
 def test_attach_reports_and_freezes(small):
     net = small()
     total = sum(p.numel() for p in net.parameters())
@@ -171,13 +195,24 @@ def test_attach_reports_and_freezes(small):
     assert [len(names) for names in report.matched.values()] == [2, 3] and report.total == total
     trainable = {n: p.numel() for n, p in net.named_parameters() if p.requires_grad}
     assert report.trainable == sum(trainable.values()) == 4 * (2 * (48 + 48) + 3 * (48 + 80))
-    assert all(n.endswith((".A", ".B")) for n in trainable) and "q_proj" in str(report) and f"{total:,}" in str(report)
+    assert (
+        all(n.endswith((".A", ".B")) for n in trainable)
+        and "q_proj" in str(report)
+        and f"{total:,}" in str(report)
+    )
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(method="bolora"), "did you mean balora"), (dict(r=0), "r=0"), (dict(r=25), "above the smallest dimension"), (dict(alpha=0), "alpha"),
-    (dict(targets=["q_proj", "w_proj"]), "nothing matches w_proj"), (dict(targets=["layers.9.*"]), "nothing matches layers.9"),
-])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(method="bolora"), "did you mean balora"),
+        (dict(r=0), "r=0"),
+        (dict(r=25), "above the smallest dimension"),
+        (dict(alpha=0), "alpha"),
+        (dict(targets=["q_proj", "w_proj"]), "nothing matches w_proj"),
+        (dict(targets=["layers.9.*"]), "nothing matches layers.9"),
+    ],
+)
 def test_attach_refuses(small, kwargs, words):
     with pytest.raises(ValueError, match=words):
         balora.attach(small(), **{"method": "balora", "r": 4, **kwargs})
@@ -206,7 +241,11 @@ def test_published_counts():
     with torch.device("meta"):
         net = model.Transformer(model.PUBLISHED["llama2-7b"])
     report = balora.attach(net, "balora", r=128, alpha=128)
-    assert report.trainable == 319_815_680 and report.total == 6_738_415_616 and sum(map(len, report.matched.values())) == 224
+    assert (
+        report.trainable == 319_815_680
+        and report.total == 6_738_415_616
+        and sum(map(len, report.matched.values())) == 224
+    )
 
 
 def test_every_trainable_tensor_moves(small):
@@ -220,6 +259,7 @@ def test_every_trainable_tensor_moves(small):
 
 
 # teacher, merge
+
 
 def test_teacher_restores_modes_and_switches_also_on_an_exception(small):
     net = small()
@@ -258,16 +298,27 @@ def test_merge_equals_unmerged_and_is_idempotent(small, method):
     attach(net, method, r=4, alpha=2)
     train(net, 5)
     before, layer = logits(net), net.layers[0].mlp.up_proj
-    most = {"adalora": 6, "dora": 48}.get(method, len(layer.A) * (1 if layer.B0 is None else 2) if method not in ("adalora", "dora") else 0)
+    most = {"adalora": 6, "dora": 48}.get(
+        method, len(layer.A) * (1 if layer.B0 is None else 2) if method not in ("adalora", "dora") else 0
+    )
     assert balora.merge(net) == 14 and balora.merge(net) == 0
     assert (logits(net) - before).abs().max() < 1e-4 and not balora.adapted_layers(net)
     fresh = small()
-    assert torch.linalg.matrix_rank(net.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight, rtol=1e-3) <= most
+    assert (
+        torch.linalg.matrix_rank(
+            net.layers[0].mlp.up_proj.weight - fresh.layers[0].mlp.up_proj.weight, rtol=1e-3
+        )
+        <= most
+    )
 
 
 # files
 
-@pytest.mark.parametrize("method, targets", [(name, ["q_proj", "layers.1.mlp.down_proj"] if name == "balora" else None) for name in LOWRANK])
+
+@pytest.mark.parametrize(
+    "method, targets",
+    [(name, ["q_proj", "layers.1.mlp.down_proj"] if name == "balora" else None) for name in LOWRANK],
+)
 def test_saved_adapter_loads_in_peft_and_here(small, tmp_path, method, targets):
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = small()
@@ -281,7 +332,9 @@ def test_saved_adapter_loads_in_peft_and_here(small, tmp_path, method, targets):
     if method in ("lora", "dora", "pissa"):
         assert (config["r"], config["lora_alpha"]) == ((8, 12) if method == "pissa" else (4, 6))
     assert config["base_model_name_or_path"] == "some/model"
-    theirs = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter"
+    )
     with torch.no_grad():
         assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
     assert sum("lora_A" in n for n, _ in theirs.named_parameters()) == len(balora.adapted_layers(net))
@@ -296,8 +349,18 @@ def test_peft_adapter_loads_here(small, tmp_path, rslora):
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = small()
     net.save(tmp_path / "base", model.Bytes())
-    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_rslora=rslora, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 6}))
+    theirs = peft.get_peft_model(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,
+            use_rslora=rslora,
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"q_proj": 6},
+        ),
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     assert balora.load_adapter(net, tmp_path / "adapter") == 4
     with torch.no_grad():
@@ -306,6 +369,7 @@ def test_peft_adapter_loads_here(small, tmp_path, rslora):
 
 def test_load_adapter_is_strict(small, tmp_path):
     from safetensors.torch import load_file, save_file
+
     net = small()
     balora.attach(net, "lora", r=4)
     balora.save_adapter(net, tmp_path)
@@ -320,6 +384,7 @@ def test_load_adapter_is_strict(small, tmp_path):
         save_file(new, path)
         with pytest.raises(ValueError, match=words):
             balora.load_adapter(small(), tmp_path)
+
     broken(lambda s: s.pop(first), "no counterpart")
     broken(lambda s: s.update({first.replace("layers.0", "layers.9"): s.pop(first)}), "layers.9")
     broken(lambda s: s.update({first: torch.ones(4, 7)}), r"\[4, 7\]")
@@ -336,15 +401,26 @@ def test_mixed_ranks_survive_save_and_load(small, tmp_path):
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     net = small()
     net.save(tmp_path / "base", model.Bytes())
-    theirs = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 6}))
+    theirs = peft.get_peft_model(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"q_proj": 6},
+        ),
+    )
     theirs.save_pretrained(tmp_path / "a")
     balora.load_adapter(net, tmp_path / "a")
     balora.save_adapter(net, tmp_path / "b")
     again, _ = model.load(str(tmp_path / "base"))
     balora.load_adapter(again, tmp_path / "b")
     assert torch.equal(logits(again), logits(net))
-    theirs = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "b")
+    theirs = peft.PeftModel.from_pretrained(
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "b"
+    )
     with torch.no_grad():
         assert (theirs(IDS).logits - logits(net)).abs().max() < 1e-4
 
@@ -354,7 +430,9 @@ def test_residual_form_adapters_and_heads_are_refused(small, tmp_path):
     balora.attach(net, "lora", r=2)
     balora.save_adapter(net, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_16"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "init_lora_weights": "pissa_niter_16"})
+    )
     with pytest.raises(ValueError, match="base whose weights"):
         balora.load_adapter(small(tied=False), tmp_path)
     with pytest.raises(ValueError, match="nothing matches lm_head"):
@@ -370,8 +448,8 @@ def test_adalora_saves_what_it_kept(small, tmp_path):
     layers = balora.adapted_layers(net)
     with torch.no_grad():
         for name, layer in layers.items():
-            if name != "layers.1.mlp.up_proj":                                   # rank 0: left out of the file
-                layer.E[:1 + ("q_proj" in name)] = 0.5
+            if name != "layers.1.mlp.up_proj":  # rank 0: left out of the file
+                layer.E[: 1 + ("q_proj" in name)] = 0.5
         want = net(IDS)
     balora.save_adapter(net, tmp_path)
     again = small()
@@ -384,7 +462,12 @@ def test_a_file_that_does_not_fit_changes_nothing(small, tmp_path):
     net = small()
     balora.attach(net, "lora", r=4)
     balora.save_adapter(net, tmp_path / "whole")
-    for case, words in (("short", "is it whole"), ("gone", "is it whole"), ("json", "not JSON"), ("shape", "lora_B")):
+    for case, words in (
+        ("short", "is it whole"),
+        ("gone", "is it whole"),
+        ("json", "not JSON"),
+        ("shape", "lora_B"),
+    ):
         shutil.copytree(tmp_path / "whole", tmp_path / case)
         weights = tmp_path / case / "adapter_model.safetensors"
         if case == "short":
@@ -425,7 +508,11 @@ def test_t5_adapter_loads_in_peft(tmp_path):
     assert isinstance(theirs, peft.PeftModelForSeq2SeqLM)
     ids = IDS[:, :20].masked_fill(IDS[:, :20] == net.config.pad, 9)
     with torch.no_grad():
-        Z = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.full((len(ids), 1), net.config.bos)).logits[:, 0]
+        Z = theirs(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            decoder_input_ids=torch.full((len(ids), 1), net.config.bos),
+        ).logits[:, 0]
         assert (Z[:, net.label_ids] - net(ids)).abs().max() < 1e-4
 
 
@@ -454,6 +541,7 @@ def test_full_tuning_has_no_adapter_to_save(small, tmp_path):
 
 # the regularizers
 
+
 def test_cr_nlg_by_hand():
     Z_P, Z_F = torch.tensor([[0.0, 2 * math.log(3)], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     # row 1 at T = 2: P = (1/4, 3/4), F = (1/2, 1/2): KL = 1/4 log(1/2) + 3/4 log(3/2); row 2: 0; T² = 4; mean of two rows
@@ -463,15 +551,18 @@ def test_cr_nlg_by_hand():
 
 
 def test_dr_nlg_by_hand():
-    Z = torch.tensor([[math.log(3.0), 0.0, -50.0], [1.0, 1.0, -50.0]])           # top 2: (3/4, 1/4) and (1/2, 1/2)
+    Z = torch.tensor([[math.log(3.0), 0.0, -50.0], [1.0, 1.0, -50.0]])  # top 2: (3/4, 1/4) and (1/2, 1/2)
     want = (0.75 * math.log(0.75) + 0.25 * math.log(0.25) + math.log(0.5)) / 2
     assert abs(balora.dr_nlg(Z, K=2).item() - want) < 1e-6
     assert abs(balora.dr_nlg(torch.zeros(3, 50), K=20).item() + math.log(20)) < 1e-6
 
 
 def test_svdr_nlg_by_hand():
-    Z = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])                          # σ = 4, 3; ‖Z‖ = 5
-    assert abs(balora.svdr_nlg(Z, k=1).item() + 4 / 5) < 1e-6 and abs(balora.svdr_nlg(Z, k=2).item() + 7 / 5) < 1e-6
+    Z = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])  # σ = 4, 3; ‖Z‖ = 5
+    assert (
+        abs(balora.svdr_nlg(Z, k=1).item() + 4 / 5) < 1e-6
+        and abs(balora.svdr_nlg(Z, k=2).item() + 7 / 5) < 1e-6
+    )
 
 
 def test_regularizers_against_finite_differences():
@@ -499,7 +590,11 @@ def test_regularizer_bounds_and_symmetry():
 
 def test_randomized_svdr_gradient_is_near_the_exact_one_where_the_spectrum_falls():
     rng = torch.Generator().manual_seed(0)
-    Z = torch.randn(60, 60, generator=rng) @ torch.diag(0.8 ** torch.arange(60.0)) @ torch.randn(60, 60, generator=rng)
+    Z = (
+        torch.randn(60, 60, generator=rng)
+        @ torch.diag(0.8 ** torch.arange(60.0))
+        @ torch.randn(60, 60, generator=rng)
+    )
     grads = []
     for f in (lambda Z: balora.svdr_nlg(Z, 10), lambda Z: -torch.linalg.svdvals(Z)[:10].sum() / Z.norm()):
         Z.requires_grad_(True).grad = None
@@ -515,6 +610,7 @@ def test_svdr_draws_nothing_from_the_global_generator():
 
 
 # the objective
+
 
 def states(M=50, d=24, V=97):
     rng = torch.Generator().manual_seed(0)
@@ -533,7 +629,11 @@ def test_fast_path_equals_readable_path(lambdas, taught):
     grads = [torch.autograd.grad(total, H_F)[0] for total in (fast, slow)]
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    assert fast_terms.keys() == slow_terms.keys() == {"task", *(n for n, w in zip(("cr", "dr", "svdr"), lambdas) if w)}
+    assert (
+        fast_terms.keys()
+        == slow_terms.keys()
+        == {"task", *(n for n, w in zip(("cr", "dr", "svdr"), lambdas) if w)}
+    )
     for name in fast_terms:
         torch.testing.assert_close(fast_terms[name], slow_terms[name], rtol=1e-5, atol=1e-6)
 
@@ -542,7 +642,12 @@ def test_objective_is_the_weighted_sum_of_the_poster():
     H_F, H_P, E, y = states()
     Z_F, Z_P = H_F @ E.T, H_P @ E.T
     total, terms = balora.loss_nlg(Z_F, y, None, Z_P, lambdas=(0.3, 0.2, 0.1), T=3.0, K=7, k=4)
-    want = F.cross_entropy(Z_F, y) + 0.3 * balora.cr_nlg(Z_P, Z_F, 3.0) + 0.2 * balora.dr_nlg(Z_F, 7) + 0.1 * balora.svdr_nlg(Z_F, 4)
+    want = (
+        F.cross_entropy(Z_F, y)
+        + 0.3 * balora.cr_nlg(Z_P, Z_F, 3.0)
+        + 0.2 * balora.dr_nlg(Z_F, 7)
+        + 0.1 * balora.svdr_nlg(Z_F, 4)
+    )
     torch.testing.assert_close(total, want)
     assert abs(terms["cr"] - balora.cr_nlg(Z_P, Z_F, 3.0)) < 1e-5
 
@@ -551,7 +656,10 @@ def test_micro_batches_add_up_to_the_large_batch():
     """The token-wise terms share one denominator: 3 unequal parts give the loss and gradient of the whole."""
     H_F, H_P, E, y = states()
     whole, _ = balora.loss_nlg(H_F, y, E, H_P, (0.3, 0.2, 0.0))
-    parts = [balora.loss_nlg(H_F[rows], y[rows], E, H_P[rows], (0.3, 0.2, 0.0), M=50)[0] for rows in (slice(0, 5), slice(5, 30), slice(30, 50))]
+    parts = [
+        balora.loss_nlg(H_F[rows], y[rows], E, H_P[rows], (0.3, 0.2, 0.0), M=50)[0]
+        for rows in (slice(0, 5), slice(5, 30), slice(30, 50))
+    ]
     torch.testing.assert_close(sum(parts), whole)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), H_F)[0], torch.autograd.grad(whole, H_F)[0])
 
@@ -559,6 +667,7 @@ def test_micro_batches_add_up_to_the_large_batch():
 def test_consistency_rate_has_the_expected_gradient():
     """Averaged over all ways to choose 2 of 4 sequences, m of n with the factor n/m gives the full term's gradient."""
     import itertools
+
     H_F, H_P, E, y = states(M=40)
     rows = [range(0, 5), range(5, 20), range(20, 28), range(28, 40)]
     full = torch.autograd.grad(balora.loss_nlg(H_F, y, E, H_P, (0.5, 0, 0))[0], H_F)[0]
@@ -609,6 +718,7 @@ def test_through_a_network(small):
 
 # NLU: regularizers and objective
 
+
 def test_cr_nlu_by_hand():
     Z_P, Z_F = torch.tensor([[0.0, 2 * math.log(3)], [1.0, 1.0]]), torch.zeros(2, 2)
     want = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2
@@ -616,17 +726,23 @@ def test_cr_nlu_by_hand():
 
 
 def test_dr_nlu_by_hand():
-    Z = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])                          # centred (∓1, ∓2, 0); C = [[2, 4, 0], [4, 8, 0], 0]
+    Z = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])  # centred (∓1, ∓2, 0); C = [[2, 4, 0], [4, 8, 0], 0]
     assert abs(balora.dr_nlu(Z).item() - 2 * 16 / 3) < 1e-6
     assert abs(balora.dr_nlu(Z + torch.tensor([5.0, -1.0, 9.0])).item() - 32 / 3) < 1e-5
-    C = torch.from_numpy(__import__("numpy").cov(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).numpy().T))
+    C = torch.from_numpy(
+        __import__("numpy").cov(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).numpy().T)
+    )
     Z = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
     assert abs(balora.dr_nlu(Z) - ((C**2).sum() - (C.diag() ** 2).sum()) / 4) < 1e-5
 
 
 def test_svdr_nlu_by_hand():
     Z = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    assert abs(balora.svdr_nlu(Z, 1).item() + 4 / 7) < 1e-6 and balora.svdr_nlu(Z, 2) == -1 and balora.svdr_nlu(Z, 5) == -1
+    assert (
+        abs(balora.svdr_nlu(Z, 1).item() + 4 / 7) < 1e-6
+        and balora.svdr_nlu(Z, 2) == -1
+        and balora.svdr_nlu(Z, 5) == -1
+    )
 
 
 def test_nlu_regularizers_against_finite_differences():
@@ -635,46 +751,76 @@ def test_nlu_regularizers_against_finite_differences():
     Z_F.requires_grad_(True)
     for f in (lambda Z: balora.cr_nlu(Z_P, Z, 2.0), balora.dr_nlu, lambda Z: balora.svdr_nlu(Z, 2)):
         assert torch.autograd.gradcheck(f, Z_F)
-    constant, = torch.autograd.grad(balora.svdr_nlu(Z_F, 4), Z_F)
-    assert constant.abs().max() < 1e-15                                           # k ≥ min(N, D): the poster's term is the constant -1
+    (constant,) = torch.autograd.grad(balora.svdr_nlu(Z_F, 4), Z_F)
+    assert constant.abs().max() < 1e-15  # k ≥ min(N, D): the poster's term is the constant -1
 
 
 def test_which_nlu_terms_can_act():
     assert balora.idle_terms(32, 3) == {} and balora.idle_terms(32, 2) == {}
-    assert balora.idle_terms(32, 1).keys() == {"cr", "dr", "svdr"} and balora.idle_terms(1, 3).keys() == {"dr", "svdr"}
-    assert balora.idle_terms(8, 1, 30).keys() == {"cr"}                           # pooled features
-    for n, D in ((8, 3), (8, 2), (1, 3), (8, 1)):                                 # the objective says the same through its gradients
-        Z = torch.randn(n, D, generator=torch.Generator().manual_seed(n), dtype=torch.float64).float().requires_grad_(True)
+    assert balora.idle_terms(32, 1).keys() == {"cr", "dr", "svdr"} and balora.idle_terms(1, 3).keys() == {
+        "dr",
+        "svdr",
+    }
+    assert balora.idle_terms(8, 1, 30).keys() == {"cr"}  # pooled features
+    for n, D in ((8, 3), (8, 2), (1, 3), (8, 1)):  # the objective says the same through its gradients
+        Z = (
+            torch.randn(n, D, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            .float()
+            .requires_grad_(True)
+        )
         y = torch.zeros(n, dtype=torch.long) if D > 1 else torch.ones(n)
         for name, lambdas in (("cr", (1, 0, 0)), ("dr", (0, 1, 0)), ("svdr", (0, 0, 1))):
             total, terms = balora.loss_nlu(Z, y, torch.randn(n, D), lambdas)
-            moved, = torch.autograd.grad(total - balora.loss_nlu(Z, y, lambdas=(0, 0, 0))[0], Z)
-            assert (name in terms) == (name not in balora.idle_terms(n, D)) == bool(moved.abs().max() > 1e-6), (n, D, name)
+            (moved,) = torch.autograd.grad(total - balora.loss_nlu(Z, y, lambdas=(0, 0, 0))[0], Z)
+            assert (
+                (name in terms) == (name not in balora.idle_terms(n, D)) == bool(moved.abs().max() > 1e-6)
+            ), (n, D, name)
 
 
 def test_loss_nlu_is_the_weighted_sum_and_micro_batches_add_up():
     rng = torch.Generator().manual_seed(3)
-    Z_P, Z_F, y = torch.randn(8, 3, generator=rng), torch.randn(8, 3, generator=rng), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    Z_P, Z_F, y = (
+        torch.randn(8, 3, generator=rng),
+        torch.randn(8, 3, generator=rng),
+        torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]),
+    )
     total, terms = balora.loss_nlu(Z_F, y, Z_P, (0.15, 0.03, 0.04))
-    want = F.cross_entropy(Z_F, y) + 0.15 * balora.cr_nlu(Z_P, Z_F, 2.0) + 0.03 * balora.dr_nlu(Z_F) + 0.04 * balora.svdr_nlu(Z_F, 2)   # k = min(5, min(8, 3) - 1)
+    want = (
+        F.cross_entropy(Z_F, y)
+        + 0.15 * balora.cr_nlu(Z_P, Z_F, 2.0)
+        + 0.03 * balora.dr_nlu(Z_F)
+        + 0.04 * balora.svdr_nlu(Z_F, 2)
+    )  # k = min(5, min(8, 3) - 1)
     torch.testing.assert_close(total, want)
     assert terms.keys() == {"task", "cr", "dr", "svdr"}
     parts = [balora.loss_nlu(Z_F[p], y[p], Z_P[p], (0.15, 0, 0), N=8)[0] for p in (slice(0, 3), slice(3, 8))]
     torch.testing.assert_close(sum(parts), balora.loss_nlu(Z_F, y, Z_P, (0.15, 0, 0))[0])
-    halves = [balora.loss_nlu(Z_F[p], y[p], None, (0, 1, 1), N=8, share=0.5)[1] for p in (slice(0, 4), slice(4, 8))]
-    torch.testing.assert_close(sum(h["dr"] for h in halves), (balora.dr_nlu(Z_F[:4]) + balora.dr_nlu(Z_F[4:])) / 2)
+    halves = [
+        balora.loss_nlu(Z_F[p], y[p], None, (0, 1, 1), N=8, share=0.5)[1] for p in (slice(0, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(
+        sum(h["dr"] for h in halves), (balora.dr_nlu(Z_F[:4]) + balora.dr_nlu(Z_F[4:])) / 2
+    )
     score = torch.randn(8, generator=rng)
-    torch.testing.assert_close(balora.loss_nlu(Z_F[:, :1], score, Z_P[:, :1])[0], ((Z_F[:, 0] - score) ** 2).mean())     # STS-B: the terms vanish
+    torch.testing.assert_close(
+        balora.loss_nlu(Z_F[:, :1], score, Z_P[:, :1])[0], ((Z_F[:, 0] - score) ** 2).mean()
+    )  # STS-B: the terms vanish
     with pytest.raises(ValueError, match="teacher"):
         balora.loss_nlu(Z_F, y)
 
 
 def test_features_give_dr_and_svdr_something_to_act_on():
     rng = torch.Generator().manual_seed(3)
-    Z_F, y, G = torch.randn(8, 1, generator=rng), torch.randn(8, generator=rng), torch.randn(8, 30, generator=rng)
+    Z_F, y, G = (
+        torch.randn(8, 1, generator=rng),
+        torch.randn(8, generator=rng),
+        torch.randn(8, 30, generator=rng),
+    )
     total, terms = balora.loss_nlu(Z_F, y, torch.randn(8, 1), (0.1, 0.2, 0.3), G=G)
     assert terms.keys() == {"task", "dr", "svdr"}
-    torch.testing.assert_close(total, F.mse_loss(Z_F[:, 0], y) + 0.2 * balora.dr_nlu(G) + 0.3 * balora.svdr_nlu(G, 5))
+    torch.testing.assert_close(
+        total, F.mse_loss(Z_F[:, 0], y) + 0.2 * balora.dr_nlu(G) + 0.3 * balora.svdr_nlu(G, 5)
+    )
 
 
 # encoders: heads and BitFit
@@ -694,7 +840,9 @@ def tune(net, steps=20):
 @pytest.mark.parametrize("method", [name for name, m in balora.METHODS.items() if m.layer])
 def test_step_0_and_teacher_of_encoders(family, method):
     if family == "t5" and method in ENCODERS_ONLY:
-        with pytest.raises(ValueError, match="layers with a bias are none" if method == "bitfit" else "post-norm encoders"):
+        with pytest.raises(
+            ValueError, match="layers with a bias are none" if method == "bitfit" else "post-norm encoders"
+        ):
             balora.attach(encoder("t5"), method)
         return
     net = encoder(family)
@@ -708,11 +856,13 @@ def test_step_0_and_teacher_of_encoders(family, method):
     tune(net)
     for n, p in net.named_parameters():
         if "k_proj.offset" in n and family != "deberta":
-            assert p.grad.abs().max() < 1e-6                                      # softmax cancels a key's bias, where positions do not read it too
+            assert (
+                p.grad.abs().max() < 1e-6
+            )  # softmax cancels a key's bias, where positions do not read it too
         else:
             assert torch.equal(p, before[n]) != p.requires_grad, n
     with balora.teacher(net):
-        assert torch.equal(net.hidden(IDS[:, :20]), h)                            # the head is another matter: it trains whole
+        assert torch.equal(net.hidden(IDS[:, :20]), h)  # the head is another matter: it trains whole
     tuned = net(IDS[:, :20])
     if method in ("hadapter", "padapter"):
         with pytest.raises(ValueError, match="nonlinearity"):
@@ -723,7 +873,9 @@ def test_step_0_and_teacher_of_encoders(family, method):
 
 
 @pytest.mark.parametrize("family, name", [("bert", "Bert"), ("roberta", "Roberta"), ("deberta", "DebertaV2")])
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "adalora", "corda++", "bitfit", "hadapter", "padapter"])
+@pytest.mark.parametrize(
+    "method", ["lora", "pissa", "dora", "adalora", "corda++", "bitfit", "hadapter", "padapter"]
+)
 def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
     net = encoder(family)
     net.save(tmp_path / "base")
@@ -739,10 +891,14 @@ def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
             balora.load_adapter(encoder(family, n_classes=2), tmp_path / "adapter")
         if method not in ENCODERS_ONLY:
             peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
-            base = getattr(hf, name + "ForSequenceClassification").from_pretrained(tmp_path / "base", dtype=torch.float32)
+            base = getattr(hf, name + "ForSequenceClassification").from_pretrained(
+                tmp_path / "base", dtype=torch.float32
+            )
             theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
             ids = IDS[:, :20].masked_fill(IDS[:, :20] == net.config.pad, 9)
-            assert (theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits - net(ids)).abs().max() < 1e-4
+            assert (
+                theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits - net(ids)
+            ).abs().max() < 1e-4
 
 
 def test_published_counts_of_deberta():
@@ -755,11 +911,14 @@ def test_published_counts_of_deberta():
         assert report.head == 592_130 and report.total == 184_423_682
         counts[method] = report.trainable - report.head
         if method == "lora":
-            assert sum(map(len, report.matched.values())) == 72 and "1,327,104 by the method, 592,130 in the head" in str(report)
+            assert sum(
+                map(len, report.matched.values())
+            ) == 72 and "1,327,104 by the method, 592,130 in the head" in str(report)
     assert counts == {"lora": 1_327_104, "pissa": 1_327_104, "balora": 1_327_104, "bitfit": 102_912}
 
 
 # schedules
+
 
 def test_schedules():
     lam = (1.0, 2.0, 3.0)
@@ -768,8 +927,18 @@ def test_schedules():
     assert at(0.5)[0] == pytest.approx(0.55) and at(0.5)[1:] == (2.0, 3.0) and at(1)[0] == pytest.approx(0.1)
     assert at(0.225)[1:] == pytest.approx((1.0, 1.5))
     lr = [balora.lr_schedule(i, 100, 0.1) for i in range(101)]
-    assert 0 < lr[0] < lr[5] < lr[9] < 1 and lr[10] == 1 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0, abs=1e-12)
+    assert (
+        0 < lr[0] < lr[5] < lr[9] < 1
+        and lr[10] == 1
+        and lr[55] == pytest.approx(0.5)
+        and lr[100] == pytest.approx(0, abs=1e-12)
+    )
     assert all(a > b for a, b in zip(lr[10:], lr[11:]))
     assert balora.lr_schedule(0, 10, 0.0) == 1
     line = [balora.lr_schedule(i, 100, 0.2, linear=True) for i in range(101)]
-    assert line[20] == 1 and line[60] == pytest.approx(0.5) and line[100] == 0 and line[:20] == [balora.lr_schedule(i, 100, 0.2) for i in range(20)]
+    assert (
+        line[20] == 1
+        and line[60] == pytest.approx(0.5)
+        and line[100] == 0
+        and line[:20] == [balora.lr_schedule(i, 100, 0.2) for i in range(20)]
+    )

@@ -3,6 +3,7 @@ r"""eval.py: the commands math, mtbench and judge, and --loose.
 The oracle of MATH's string rule is one file of lm-eval (`pip install --no-deps lm-eval==0.4.13`; with --target=FOLDER, and PYTHONPATH=FOLDER here, it
 stays out of the environment). The judge is a small server on this machine.
 """
+
 import http.server
 import importlib.util
 import itertools
@@ -29,13 +30,16 @@ def lines_of(path):
 
 # MATH: strings
 
+
 @pytest.fixture(scope="module")
 def lm_eval():
     """lm-eval's MATH rules, read from their one file: the package itself would need all it depends on."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None:
         pytest.skip("lm-eval not installed: pip install --no-deps lm-eval==0.4.13")
-    spec = importlib.util.spec_from_file_location("hendrycks_math", Path(spec.origin).parent / "tasks/hendrycks_math/utils.py")
+    spec = importlib.util.spec_from_file_location(
+        "hendrycks_math", Path(spec.origin).parent / "tasks/hendrycks_math/utils.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,37 +59,108 @@ def published(lm_eval, answer):
 
 
 REWRITTEN = [
-    lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("\\frac", "\\tfrac"), lambda s: s.replace("(", "\\left(").replace(")", "\\right)"),
-    lambda s: s.replace("+", " + ").replace(",", ", ").replace("{", "{ "), lambda s: f" {s} ", lambda s: s.replace(" ", ""), lambda s: f"{s}\n",
-    lambda s: s + "\\text{ cm}", lambda s: s + " \\text{ square units}", lambda s: s + "\\%", lambda s: f"\\${s}", lambda s: s + "^\\circ", lambda s: s + "^{\\circ}",
-    lambda s: f"x = {s}", lambda s: f"k={s}", lambda s: f"xyz = {s}", lambda s: s.replace(",", ",\\!"), lambda s: s.replace("\\", "\\\\"), lambda s: f"-{s}",
-    lambda s: s.replace("0.", "."), lambda s: re.sub(r"\\frac\{(.)\}\{(.)\}", r"\\frac\1\2", s), lambda s: re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", s),
-    lambda s: re.sub(r"\\sqrt\{(.)\}", r"\\sqrt\1", s), lambda s: f"{s}.", lambda s: f"${s}$", lambda s: s + " or 0.5",
+    lambda s: s.replace("\\frac", "\\dfrac"),
+    lambda s: s.replace("\\frac", "\\tfrac"),
+    lambda s: s.replace("(", "\\left(").replace(")", "\\right)"),
+    lambda s: s.replace("+", " + ").replace(",", ", ").replace("{", "{ "),
+    lambda s: f" {s} ",
+    lambda s: s.replace(" ", ""),
+    lambda s: f"{s}\n",
+    lambda s: s + "\\text{ cm}",
+    lambda s: s + " \\text{ square units}",
+    lambda s: s + "\\%",
+    lambda s: f"\\${s}",
+    lambda s: s + "^\\circ",
+    lambda s: s + "^{\\circ}",
+    lambda s: f"x = {s}",
+    lambda s: f"k={s}",
+    lambda s: f"xyz = {s}",
+    lambda s: s.replace(",", ",\\!"),
+    lambda s: s.replace("\\", "\\\\"),
+    lambda s: f"-{s}",
+    lambda s: s.replace("0.", "."),
+    lambda s: re.sub(r"\\frac\{(.)\}\{(.)\}", r"\\frac\1\2", s),
+    lambda s: re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", s),
+    lambda s: re.sub(r"\\sqrt\{(.)\}", r"\\sqrt\1", s),
+    lambda s: f"{s}.",
+    lambda s: f"${s}$",
+    lambda s: s + " or 0.5",
 ]
-MORE = ["0.5", ".5", "0.50", "-.5", "1/2", "-1/2", "01/2", "1/-2", "{.5}", "50\\%", "\\frac12", "\\frac1{72}", "\\frac{72}1", "\\sqrt 3", ""]
+MORE = [
+    "0.5",
+    ".5",
+    "0.50",
+    "-.5",
+    "1/2",
+    "-1/2",
+    "01/2",
+    "1/-2",
+    "{.5}",
+    "50\\%",
+    "\\frac12",
+    "\\frac1{72}",
+    "\\frac{72}1",
+    "\\sqrt 3",
+    "",
+]
 
 
 def test_boxes_of_all_solutions(lm_eval, solutions):
     for row in solutions:
-        assert eval.boxed(row["solution"]) == row["answer"] == lm_eval.remove_boxed(lm_eval.last_boxed_only_string(row["solution"]))
+        assert (
+            eval.boxed(row["solution"])
+            == row["answer"]
+            == lm_eval.remove_boxed(lm_eval.last_boxed_only_string(row["solution"]))
+        )
 
 
 def test_normalise_equals_lm_eval_on_all_answers_and_their_rewritten_forms(lm_eval, solutions):
     answers = sorted({row["answer"] for row in solutions})
-    assert {a for a in answers if published(lm_eval, a) is None} == {"\\begin{pmatrix} 0 \\\\ 1/11 \\end{pmatrix}"}         # one "/", sides not integers
+    assert {a for a in answers if published(lm_eval, a) is None} == {
+        "\\begin{pmatrix} 0 \\\\ 1/11 \\end{pmatrix}"
+    }  # one "/", sides not integers
     for answer in answers + MORE:
         for form in [answer, *(rewrite(answer) for rewrite in REWRITTEN)]:
             want = published(lm_eval, form)
             if want is not None:
                 assert eval.normalise(form) == want, form
                 if published(lm_eval, answer) is not None:
-                    assert (eval.normalise(form) == eval.normalise(answer)) == lm_eval.is_equiv(form, answer), form
+                    assert (eval.normalise(form) == eval.normalise(answer)) == lm_eval.is_equiv(
+                        form, answer
+                    ), form
 
 
 def test_normalise_differs_from_lm_eval_only_where_that_gives_up(lm_eval):
     """Random strings of what answers are made of: the differences are those that normalise's docstring names."""
-    parts = ["\\frac", "\\dfrac", "\\sqrt", "{", "}", "1", "2", "0", "0.5", ".5", " ", "/", "=", "k", "\\text{ cm}", "\\left(", "\\right)",
-             "^\\circ", "^{\\circ}", "\\%", "\\$", "-", "\\!", "\\\\", "\n", "\\pi", "10"]
+    parts = [
+        "\\frac",
+        "\\dfrac",
+        "\\sqrt",
+        "{",
+        "}",
+        "1",
+        "2",
+        "0",
+        "0.5",
+        ".5",
+        " ",
+        "/",
+        "=",
+        "k",
+        "\\text{ cm}",
+        "\\left(",
+        "\\right)",
+        "^\\circ",
+        "^{\\circ}",
+        "\\%",
+        "\\$",
+        "-",
+        "\\!",
+        "\\\\",
+        "\n",
+        "\\pi",
+        "10",
+    ]
     rng, differ = random.Random(0), 0
     for _ in range(20000):
         text = "".join(rng.choices(parts, k=rng.randint(1, 6)))
@@ -99,63 +174,149 @@ def test_normalise_differs_from_lm_eval_only_where_that_gives_up(lm_eval):
 
 
 def test_without_the_oracle_the_rule_holds():
-    for a, b in (("\\tfrac12", "\\frac{1}{2}"), ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac{1}{2}"), (".25", "0.25"), ("\\sqrt3", "\\sqrt{3}"),
-                 ("5\\text{ cm}", "5"), ("k = 5", "5"),
-                 ("\\left( 1, 2 \\right)", "(1,2)"), ("90^\\circ", "90"), ("50\\%", "50"), ("\\$5", "5"), ("1,\\!000", "1,000"), ("x/y", "x / y"),
-                 ("\\frac", "\\frac ")):
+    for a, b in (
+        ("\\tfrac12", "\\frac{1}{2}"),
+        ("1/2", "\\frac{1}{2}"),
+        ("0.5", "\\frac{1}{2}"),
+        (".25", "0.25"),
+        ("\\sqrt3", "\\sqrt{3}"),
+        ("5\\text{ cm}", "5"),
+        ("k = 5", "5"),
+        ("\\left( 1, 2 \\right)", "(1,2)"),
+        ("90^\\circ", "90"),
+        ("50\\%", "50"),
+        ("\\$5", "5"),
+        ("1,\\!000", "1,000"),
+        ("x/y", "x / y"),
+        ("\\frac", "\\frac "),
+    ):
         assert eval.normalise(a) == eval.normalise(b), (a, b)
-    for a, b in (("50\\%", "0.5"), ("1,000", "1000"), ("0.25", "\\frac{1}{4}"), ("x+1", "1+x"), ("$5$", "5"), ("xyz=5", "5")):
+    for a, b in (
+        ("50\\%", "0.5"),
+        ("1,000", "1000"),
+        ("0.25", "\\frac{1}{4}"),
+        ("x+1", "1+x"),
+        ("$5$", "5"),
+        ("xyz=5", "5"),
+    ):
         assert eval.normalise(a) != eval.normalise(b), (a, b)
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("so \\boxed{\\frac{1}{2}} is", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{\\{2\\}}", "\\{2\\}"), ("\\fbox{3}", "3"), ("$\\boxed 5$ it is", "5"),
-    ("none", None), ("\\boxed{1", None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("so \\boxed{\\frac{1}{2}} is", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{\\{2\\}}", "\\{2\\}"),
+        ("\\fbox{3}", "3"),
+        ("$\\boxed 5$ it is", "5"),
+        ("none", None),
+        ("\\boxed{1", None),
+    ],
+)
 def test_boxed(text, answer):
     assert eval.boxed(text) == answer
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("The answer is: 5", "5"), ("The answer is: 5.", "5"), ("The answer is: 1\nThe answer is: 0.5.\nMore.", "0.5"), ("The answer is: x.\nIt is. ", "x"),
-    ("5", None), ("The answer is:5", None),
-    ("The answer is: ", ""),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("The answer is: 5", "5"),
+        ("The answer is: 5.", "5"),
+        ("The answer is: 1\nThe answer is: 0.5.\nMore.", "0.5"),
+        ("The answer is: x.\nIt is. ", "x"),
+        ("5", None),
+        ("The answer is:5", None),
+        ("The answer is: ", ""),
+    ],
+)
 def test_extract_math(text, answer):
     assert eval.extract_math(text) == answer
 
 
 # MATH and GSM8K: loose
 
-@pytest.mark.parametrize("a, b", [
-    ("0.25", "\\frac{1}{4}"), ("x+1", "1 + x"), ("$5$", "5"), ("1,000", "1000"), ("1,234,567", "1234567"), ("\\text{Friday}", "Friday"),
-    ("3\\frac{1}{2}", "3.5"), ("3 1/2", "\\frac72"),
-    ("2(x+1)", "2x+2"), ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt2}"), ("12\\sqrt 3", "\\sqrt{432}"), ("\\frac{98}5", "19.6"),
-    ("(1, 0.5)", "(\\frac{3}{3},\\frac{2}{4})"), ("2\\pi", "6.2832"),
-    ("\\sqrt[3]{8}", "2"), ("2^{10}", "1024"), ("\\boxed{7}", "7"), ("\\(7\\)", "7"), ("3\\cdot x", "3x"), ("xy", "yx"), ("-\\frac{1}{2}", "-0.5"),
-    ("(x-1)(x+1)", "x^2-1"), ("50\\%", "50"),
-])
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("0.25", "\\frac{1}{4}"),
+        ("x+1", "1 + x"),
+        ("$5$", "5"),
+        ("1,000", "1000"),
+        ("1,234,567", "1234567"),
+        ("\\text{Friday}", "Friday"),
+        ("3\\frac{1}{2}", "3.5"),
+        ("3 1/2", "\\frac72"),
+        ("2(x+1)", "2x+2"),
+        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt2}"),
+        ("12\\sqrt 3", "\\sqrt{432}"),
+        ("\\frac{98}5", "19.6"),
+        ("(1, 0.5)", "(\\frac{3}{3},\\frac{2}{4})"),
+        ("2\\pi", "6.2832"),
+        ("\\sqrt[3]{8}", "2"),
+        ("2^{10}", "1024"),
+        ("\\boxed{7}", "7"),
+        ("\\(7\\)", "7"),
+        ("3\\cdot x", "3x"),
+        ("xy", "yx"),
+        ("-\\frac{1}{2}", "-0.5"),
+        ("(x-1)(x+1)", "x^2-1"),
+        ("50\\%", "50"),
+    ],
+)
 def test_loose_accepts(a, b):
     assert eval.math_equal(a, b) and eval.math_equal(b, a)
 
 
-@pytest.mark.parametrize("a, b", [
-    ("50\\%", "0.5"), ("50", "0.5"), ("5", "500"), ("10000", "10001"), ("3\\frac12", "1.5"), ("3.14", "\\pi"), ("\\text{odd}", "\\text{ddo}"),
-    ("(1,2)", "[1,2]"), ("(1,2)", "(2,1)"),
-    ("(1,2)", "(1,2,3)"), ("\\sqrt{x^2}", "x"), ("1/0", "2/0"), ("9^{9^{9^9}}", "9^{9^{9^{10}}}"), ("__import__('os')", "1"), ("x.real", "x"), (None, "1"),
-    (None, None), ("12_8", "12_9"),
-    ("(" * 150 + "1" + ")" * 150, "2"), ("0^{-1}", "1"), ("\\frac", "1"), ("()", "1"), ("1..2", "1.2"), ("", "0"), ("sqrt", "1"), ("-" * 190 + "1", "2"),
-    ("5" * 300, "5" * 299),
-])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("50\\%", "0.5"),
+        ("50", "0.5"),
+        ("5", "500"),
+        ("10000", "10001"),
+        ("3\\frac12", "1.5"),
+        ("3.14", "\\pi"),
+        ("\\text{odd}", "\\text{ddo}"),
+        ("(1,2)", "[1,2]"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "(1,2,3)"),
+        ("\\sqrt{x^2}", "x"),
+        ("1/0", "2/0"),
+        ("9^{9^{9^9}}", "9^{9^{9^{10}}}"),
+        ("__import__('os')", "1"),
+        ("x.real", "x"),
+        (None, "1"),
+        (None, None),
+        ("12_8", "12_9"),
+        ("(" * 150 + "1" + ")" * 150, "2"),
+        ("0^{-1}", "1"),
+        ("\\frac", "1"),
+        ("()", "1"),
+        ("1..2", "1.2"),
+        ("", "0"),
+        ("sqrt", "1"),
+        ("-" * 190 + "1", "2"),
+        ("5" * 300, "5" * 299),
+    ],
+)
 def test_loose_refuses(a, b):
     assert not eval.math_equal(a, b) and not eval.math_equal(b, a)
 
 
 def test_loose_reads_as_sympy_does():
     sympy = pytest.importorskip("sympy")
-    for text, want in (("\\frac{x^2+1}{2y}", "(x**2+1)/(2*y)"), ("-x^2", "-x**2"), ("2^{-x}y", "2**(-x)*y"), ("\\sqrt{x}\\cdot3\\pi", "sqrt(x)*3*pi"),
-                       ("2x(y-1)", "2*x*(y-1)"),
-                       ("\\frac{\\sqrt{\\frac{1}{x}}}{3}", "sqrt(1/x)/3"), ("4\\frac{2}{3}x", "(4+Rational(2,3))*x"), ("x/2/y", "x/2/y"), ("2^3^x", "2**3**x")):
+    for text, want in (
+        ("\\frac{x^2+1}{2y}", "(x**2+1)/(2*y)"),
+        ("-x^2", "-x**2"),
+        ("2^{-x}y", "2**(-x)*y"),
+        ("\\sqrt{x}\\cdot3\\pi", "sqrt(x)*3*pi"),
+        ("2x(y-1)", "2*x*(y-1)"),
+        ("\\frac{\\sqrt{\\frac{1}{x}}}{3}", "sqrt(1/x)/3"),
+        ("4\\frac{2}{3}x", "(4+Rational(2,3))*x"),
+        ("x/2/y", "x/2/y"),
+        ("2^3^x", "2**3**x"),
+    ):
         at = dict(x=0.7 + 0j, y=-1.3 + 0j, pi=eval.math.pi + 0j)
         want = complex(sympy.sympify(want).evalf(30, subs=dict(x=0.7, y=-1.3)))
         assert eval.evaluate(eval.parse_math(eval.plain(text)), at) == pytest.approx(want, rel=1e-12), text
@@ -166,15 +327,29 @@ def test_loose_is_bounded_in_time_and_merges_no_two_answers_by_mistake(solutions
     answers = random.Random(0).sample(sorted({eval.normalise(row["answer"]) for row in solutions}), 150)
     start = time.perf_counter()
     equal = [(a, b) for a, b in itertools.combinations(answers, 2) if eval.math_equal(a, b)]
-    assert equal == [("\\frac{16}3", "\\frac{16}{3}")] and (time.perf_counter() - start) / (150 * 149 / 2) < 0.005
+    assert (
+        equal == [("\\frac{16}3", "\\frac{16}{3}")]
+        and (time.perf_counter() - start) / (150 * 149 / 2) < 0.005
+    )
 
 
-@pytest.mark.parametrize("text, number", [
-    ("The answer is: 1,234,567", 1234567), ("The answer is: 2 1/2", 2.5), ("The answer is: -7/2 m", -3.5), ("The answer is: $3.50.", 3.5),
-    ("The answer is: 0.5", 0.5), ("The answer is: 1/0", None),
-    ("The answer is: -$5", -5), ("72", None), ("The answer is: none", None), ("The answer is: 12 34", 12), ("The answer is: .5", 0.5),
-    ("The answer is: 1,2", 1),
-])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("The answer is: 1,234,567", 1234567),
+        ("The answer is: 2 1/2", 2.5),
+        ("The answer is: -7/2 m", -3.5),
+        ("The answer is: $3.50.", 3.5),
+        ("The answer is: 0.5", 0.5),
+        ("The answer is: 1/0", None),
+        ("The answer is: -$5", -5),
+        ("72", None),
+        ("The answer is: none", None),
+        ("The answer is: 12 34", 12),
+        ("The answer is: .5", 0.5),
+        ("The answer is: 1,2", 1),
+    ],
+)
 def test_exact_number(text, number):
     got = eval.exact_number(text)
     assert (got if got is None else float(got)) == number
@@ -182,21 +357,28 @@ def test_exact_number(text, number):
 
 # the commands, on a small network whose answers the test writes
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     from conftest import randomise, small_config
+
     folder = tmp_path_factory.mktemp("bench") / "base"
-    randomise(model.Transformer(small_config(vocab_size=259, max_len=6000, eos=257))).save(folder, model.Bytes())
+    randomise(model.Transformer(small_config(vocab_size=259, max_len=6000, eos=257))).save(
+        folder, model.Bytes()
+    )
     return folder
 
 
 @pytest.fixture
 def says(monkeypatch, tmp_path):
     """In a fresh folder: says.text(prompt) writes the answers, says.asked keeps (prompt, temperature), and after says.limit answers the command is killed."""
+
     class Says:
         text, asked, limit = (lambda prompt: "x"), [], 10**9
 
-    def write_answers(net, prompts, max_new, batch_size, eos, desc="", done=None, temperature=0.0, top_p=1.0, seed=0):
+    def write_answers(
+        net, prompts, max_new, batch_size, eos, desc="", done=None, temperature=0.0, top_p=1.0, seed=0
+    ):
         for i, ids in enumerate(prompts):
             if Says.limit == 0:
                 raise KeyboardInterrupt
@@ -204,6 +386,7 @@ def says(monkeypatch, tmp_path):
             prompt = bytes(b for b in ids if b < 256).decode()
             Says.asked.append((prompt, temperature))
             done(i, list(Says.text(prompt).encode()))
+
     Says.asked = []
     monkeypatch.setattr(eval, "write_answers", write_answers)
     monkeypatch.chdir(tmp_path)
@@ -211,41 +394,78 @@ def says(monkeypatch, tmp_path):
 
 
 def test_math_command(base, says, capsys, tmp_path):
-    rows = [dict(problem="a?", solution="It is $\\boxed{\\frac{1}{4}}$.", level="Level 1", type="Algebra"),
-            dict(problem="b?", solution="$\\boxed{5}$", level="Level 2", type="Algebra"),
-            dict(problem="c?", solution="$\\boxed{(1,2)}$", level="Level 2", type="Geometry"),
-            dict(problem="d?", solution="no box", level="Level 2", type="Geometry")]
+    rows = [
+        dict(problem="a?", solution="It is $\\boxed{\\frac{1}{4}}$.", level="Level 1", type="Algebra"),
+        dict(problem="b?", solution="$\\boxed{5}$", level="Level 2", type="Algebra"),
+        dict(problem="c?", solution="$\\boxed{(1,2)}$", level="Level 2", type="Geometry"),
+        dict(problem="d?", solution="no box", level="Level 2", type="Geometry"),
+    ]
     Path("math.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    replies = {"a?": "The answer is: 0.25.", "b?": "So k is 5. The answer is: k = 5.\nDone.", "c?": "it is (1,2)", "d?": "The answer is: 1"}
+    replies = {
+        "a?": "The answer is: 0.25.",
+        "b?": "So k is 5. The answer is: k = 5.\nDone.",
+        "c?": "it is (1,2)",
+        "d?": "The answer is: 1",
+    }
     says.text = lambda prompt: next(v for k, v in replies.items() if k in prompt)
     command("math", f"--init={base}", "--data=math.jsonl")
     out = capsys.readouterr().out
-    assert "1 of 4 solutions have no \\boxed answer" in out and "exact match 25.00 % (1 of 4), 95 % interval 4.56 to 69.94 -> out/math-base.jsonl" in out
-    assert re.search(r"type Algebra +50.00 % of 2\n +type Geometry +0.00 % of 2\n +level Level 1 +0.00 % of 1\n +level Level 2 +33.33 % of 3\n", out)
+    assert (
+        "1 of 4 solutions have no \\boxed answer" in out
+        and "exact match 25.00 % (1 of 4), 95 % interval 4.56 to 69.94 -> out/math-base.jsonl" in out
+    )
+    assert re.search(
+        r"type Algebra +50.00 % of 2\n +type Geometry +0.00 % of 2\n +level Level 1 +0.00 % of 1\n +level Level 2 +33.33 % of 3\n",
+        out,
+    )
     assert says.asked[0][0] == eval.fill("alpaca", "a?") and "at most 1024 tokens" in out
     head, *lines = lines_of("out/math-base.jsonl")
-    assert sorted((line["row"], line["got"], line["gold"]) for line in lines) == [(0, "0.25", "\\frac{1}{4}"), (1, "k = 5", "5"), (2, None, "(1,2)"),
-    (3, "1", None)]
+    assert sorted((line["row"], line["got"], line["gold"]) for line in lines) == [
+        (0, "0.25", "\\frac{1}{4}"),
+        (1, "k = 5", "5"),
+        (2, None, "(1,2)"),
+        (3, "1", None),
+    ]
     command("math", f"--init={base}", "--data=math.jsonl", "--loose")
-    assert "equal as mathematics 50.00 % (2 of 4)" in capsys.readouterr().out and len(says.asked) == 4                  # the same answers, judged again
+    assert (
+        "equal as mathematics 50.00 % (2 of 4)" in capsys.readouterr().out and len(says.asked) == 4
+    )  # the same answers, judged again
     command("math", f"--init={base}", "--data=math.jsonl", "--last=2", "--out=other")
-    assert re.search(r"type Geometry +0.00 % of 2\n +level Level 2 +0.00 % of 2\n", capsys.readouterr().out) and "Algebra" not in capsys.readouterr().out
+    assert (
+        re.search(r"type Geometry +0.00 % of 2\n +level Level 2 +0.00 % of 2\n", capsys.readouterr().out)
+        and "Algebra" not in capsys.readouterr().out
+    )
 
 
 def test_gsm8k_loose(base, says, capsys):
-    rows = [dict(question="a?", answer="#### 1,234,567"), dict(question="b?", answer="#### 2"), dict(question="c?", answer="#### 5")]
+    rows = [
+        dict(question="a?", answer="#### 1,234,567"),
+        dict(question="b?", answer="#### 2"),
+        dict(question="c?", answer="#### 5"),
+    ]
     Path("gsm.jsonl").write_text("\n".join(map(json.dumps, rows)))
     replies = {"a?": "The answer is: 1,234,567", "b?": "The answer is: 2.4", "c?": "The answer is: 5.00"}
     says.text = lambda prompt: next(v for k, v in replies.items() if k in prompt)
     command("gsm8k", f"--init={base}", "--data=gsm.jsonl")
-    assert "exact match 66.67 % (2 of 3)" in capsys.readouterr().out                # reads 1,234 and rounds 2.4, as published
+    assert (
+        "exact match 66.67 % (2 of 3)" in capsys.readouterr().out
+    )  # reads 1,234 and rounds 2.4, as published
     command("gsm8k", f"--init={base}", "--data=gsm.jsonl", "--loose")
     assert "equal numbers 66.67 % (2 of 3)" in capsys.readouterr().out and len(says.asked) == 3
 
 
 # MT-Bench
 
-CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+CATEGORIES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
 
 
 def test_mtbench_answers(base, says, shared):
@@ -253,7 +473,7 @@ def test_mtbench_answers(base, says, shared):
     asked = lines_of(shared / "mt_bench/question.jsonl")
     says.text = lambda prompt: f" answer {len(prompt)}"
     args = ["mtbench", f"--init={base}", f"--data={shared}/mt_bench/question.jsonl"]
-    for killed_after in (30, 70):                                                # in turn one, in turn two
+    for killed_after in (30, 70):  # in turn one, in turn two
         says.limit = killed_after
         with pytest.raises(KeyboardInterrupt):
             command(*args)
@@ -263,7 +483,9 @@ def test_mtbench_answers(base, says, shared):
     says.limit = 10**9
     command(*args)
     records = lines_of("out/mtbench-base.jsonl")
-    assert len(says.asked) == 160 == len(set(says.asked)) and [r["question_id"] for r in records] == [q["question_id"] for q in asked]
+    assert len(says.asked) == 160 == len(set(says.asked)) and [r["question_id"] for r in records] == [
+        q["question_id"] for q in asked
+    ]
     temperatures = dict(says.asked)
     for q, r in zip(asked, records):
         assert set(r) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
@@ -278,35 +500,69 @@ def test_mtbench_answers(base, says, shared):
 
 def test_mtbench_on_a_real_network(base, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command("mtbench", f"--init={base}", f"--data={shared}/mt_bench/question.jsonl", "--limit=3", "--max_new=3", "--out=mine")
-    assert [len(r["choices"][0]["turns"]) for r in lines_of("out/mine.jsonl")] == [2, 2, 2] and lines_of("out/mine-turn1.jsonl")[0]["temperature"] == 0.7
+    command(
+        "mtbench",
+        f"--init={base}",
+        f"--data={shared}/mt_bench/question.jsonl",
+        "--limit=3",
+        "--max_new=3",
+        "--out=mine",
+    )
+    assert [len(r["choices"][0]["turns"]) for r in lines_of("out/mine.jsonl")] == [2, 2, 2] and lines_of(
+        "out/mine-turn1.jsonl"
+    )[0]["temperature"] == 0.7
 
 
 def test_on_a_run(base, says, shared, capsys):
     """A run brings its template, its adapter's hash and its folder; `judge --run` finds the answers there."""
     import train_nlg
-    Path("rows.jsonl").write_text("\n".join(json.dumps(dict(problem=f"{a}?", solution=f"\\boxed{{{a}}} The answer is: {a}")) for a in range(20)))
-    train_nlg.main([f"--init={base}", "--data=rows.jsonl", "--out_dir=run", "--template=plain", "--max_iters=1", "--batch_size=4", "--eval_rows=4", "--r=4",
-                    "--eval_generate=0", "--max_new=9"])
+
+    Path("rows.jsonl").write_text(
+        "\n".join(
+            json.dumps(dict(problem=f"{a}?", solution=f"\\boxed{{{a}}} The answer is: {a}"))
+            for a in range(20)
+        )
+    )
+    train_nlg.main(
+        [
+            f"--init={base}",
+            "--data=rows.jsonl",
+            "--out_dir=run",
+            "--template=plain",
+            "--max_iters=1",
+            "--batch_size=4",
+            "--eval_rows=4",
+            "--r=4",
+            "--eval_generate=0",
+            "--max_new=9",
+        ]
+    )
     says.text = lambda prompt: "The answer is: " + prompt.rstrip("?\n")
     command("math", "--run=run", "--data=rows.jsonl", "--last=5")
     out = capsys.readouterr().out
     assert "exact match 100.00 % (5 of 5)" in out and "run/math.jsonl" in out and "at most 1024 tokens" in out
     command("mtbench", "--run=run", f"--data={shared}/mt_bench/question.jsonl", "--limit=2")
     first, second = (q["turns"] for q in lines_of(shared / "mt_bench/question.jsonl")[:2])
-    assert (f"{first[0]}\nThe answer is: {first[0]}\n\n{first[1]}\n", 0.7) in says.asked and lines_of("run/mtbench.jsonl")[1]["model_id"] == "run"
+    assert (f"{first[0]}\nThe answer is: {first[0]}\n\n{first[1]}\n", 0.7) in says.asked and lines_of(
+        "run/mtbench.jsonl"
+    )[1]["model_id"] == "run"
     command("judge", "--run=run", f"--data={shared}/mt_bench/question.jsonl")
     assert "0 of 4 turns are rated; the answers wait in run/mtbench.jsonl" in capsys.readouterr().out
 
 
 def test_next_turn_in_other_templates():
-    assert eval.next_turn("plain", "q\na", "r") == "q\na\n\nr\n" and eval.next_turn("Q {instruction} A", "Q x A y", "z") == "Q x A y\n\nQ z A"
+    assert (
+        eval.next_turn("plain", "q\na", "r") == "q\na\n\nr\n"
+        and eval.next_turn("Q {instruction} A", "Q x A y", "z") == "Q x A y\n\nQ z A"
+    )
 
 
 def test_questions(tmp_path):
     hub = dict(prompt=["a", "b"], prompt_id=7, category="math", reference=["c", "d"])
     (tmp_path / "q.jsonl").write_text(json.dumps(hub))
-    assert eval.questions(eval.Options(data=str(tmp_path / "q.jsonl"))) == [dict(id=7, turns=["a", "b"], category="math", reference=["c", "d"])]
+    assert eval.questions(eval.Options(data=str(tmp_path / "q.jsonl"))) == [
+        dict(id=7, turns=["a", "b"], category="math", reference=["c", "d"])
+    ]
     for wrong in (dict(hub, category="maths"), dict(hub, prompt=["a"]), dict(hub, prompt="a")):
         (tmp_path / "w.jsonl").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="question_id, a category of writing.*question.jsonl"):
@@ -315,11 +571,26 @@ def test_questions(tmp_path):
 
 # the judge
 
-@pytest.mark.parametrize("text, score", [
-    ("Rating: [[8]]", 8), ("Rating: [[8.5]]", 8.5), ("Rating: [8]", 8), ("[[ 7 ]]", 7), ("[1] says so. Rating: [[9]]", 9), ("first [[3]], then [[4]]", 3),
-    ("Rating: 8", -1), ("", -1), ("[[A]]", -1),
-    ("[[11]]", -1), ("[[0]]", -1), ("as in [2023]", -1), ("[[10.0]]", 10), ("[[rating]] [[6]]", 6),
-])
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Rating: [[8]]", 8),
+        ("Rating: [[8.5]]", 8.5),
+        ("Rating: [8]", 8),
+        ("[[ 7 ]]", 7),
+        ("[1] says so. Rating: [[9]]", 9),
+        ("first [[3]], then [[4]]", 3),
+        ("Rating: 8", -1),
+        ("", -1),
+        ("[[A]]", -1),
+        ("[[11]]", -1),
+        ("[[0]]", -1),
+        ("as in [2023]", -1),
+        ("[[10.0]]", 10),
+        ("[[rating]] [[6]]", 6),
+    ],
+)
 def test_rating(text, score):
     assert eval.rating(text) == score
 
@@ -327,6 +598,7 @@ def test_rating(text, score):
 @pytest.fixture
 def server(monkeypatch):
     """A chat endpoint: server.reply(n, body) -> (status, headers, text), or a number of seconds to be silent; server.asked keeps (path, key, body)."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -345,8 +617,14 @@ def server(monkeypatch):
 
         def log_message(self, *args):
             pass
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.asked, server.hush, server.url = threading.Lock(), [], threading.Event(), f"http://127.0.0.1:{server.server_port}/v1"
+    server.lock, server.asked, server.hush, server.url = (
+        threading.Lock(),
+        [],
+        threading.Event(),
+        f"http://127.0.0.1:{server.server_port}/v1",
+    )
     server.reply = lambda n, body: good("Rating: [[8]]")
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
@@ -368,41 +646,102 @@ def good(text):
 def answers(shared, tmp_path):
     """Answers to all 80 questions in FastChat's format, and the judge command's arguments for them."""
     path = tmp_path / "mine.jsonl"
-    record = lambda key: dict(question_id=key, answer_id="a", model_id="mine", choices=[dict(index=0, turns=[f"first {key}", "second {x}"])], tstamp=1.0)
-    path.write_text("".join(json.dumps(record(q["question_id"])) + "\n" for q in lines_of(shared / "mt_bench/question.jsonl")))
+    record = lambda key: dict(
+        question_id=key,
+        answer_id="a",
+        model_id="mine",
+        choices=[dict(index=0, turns=[f"first {key}", "second {x}"])],
+        tstamp=1.0,
+    )
+    path.write_text(
+        "".join(
+            json.dumps(record(q["question_id"])) + "\n" for q in lines_of(shared / "mt_bench/question.jsonl")
+        )
+    )
     folder = shared / "mt_bench"
-    return path, ["judge", f"--answers={path}", f"--data={folder}/question.jsonl", f"--judge_prompts={folder}/judge_prompts.jsonl",
-                  f"--references={folder}/reference_answer/gpt-4.jsonl", "--judge_model=gpt/4"]
+    return path, [
+        "judge",
+        f"--answers={path}",
+        f"--data={folder}/question.jsonl",
+        f"--judge_prompts={folder}/judge_prompts.jsonl",
+        f"--references={folder}/reference_answer/gpt-4.jsonl",
+        "--judge_model=gpt/4",
+    ]
 
 
 def test_judge(server, answers, shared, capsys):
     """FastChat's fields and prompts; means by turn and category."""
     path, args = answers
     asked_for = lambda body, words: words in body["messages"][1]["content"]
-    server.reply = lambda n, body: good("so [[9]]" if asked_for(body, "Reference") else "no rating" if asked_for(body, "first 81") else "[[6.5]]")
+    server.reply = lambda n, body: good(
+        "so [[9]]"
+        if asked_for(body, "Reference")
+        else "no rating"
+        if asked_for(body, "first 81")
+        else "[[6.5]]"
+    )
     command(*args, f"--judge_url={server.url}/")
     out, lines = capsys.readouterr().out, lines_of(path.with_name("mine-gpt_4_single.jsonl"))
     assert len(lines) == 160 == len({(line["question_id"], line["turn"]) for line in lines})
     by = {(line["question_id"], line["turn"]): line for line in lines}
     prompts = {p["name"]: p for p in lines_of(shared / "mt_bench/judge_prompts.jsonl")}
     questions = {q["question_id"]: q for q in lines_of(shared / "mt_bench/question.jsonl")}
-    references = {r["question_id"]: r["choices"][0]["turns"] for r in lines_of(shared / "mt_bench/reference_answer/gpt-4.jsonl")}
+    references = {
+        r["question_id"]: r["choices"][0]["turns"]
+        for r in lines_of(shared / "mt_bench/reference_answer/gpt-4.jsonl")
+    }
     for (key, turn), line in by.items():
         q, a, solved = questions[key], [f"first {key}", "second {x}"], key in references
         name = f"single{'-math' if solved else ''}-v1{'-multi-turn' if turn == 2 else ''}"
-        words = dict(question=q["turns"][0], answer=a[0], question_1=q["turns"][0], question_2=q["turns"][1], answer_1=a[0], answer_2=a[1])
+        words = dict(
+            question=q["turns"][0],
+            answer=a[0],
+            question_1=q["turns"][0],
+            question_2=q["turns"][1],
+            answer_1=a[0],
+            answer_2=a[1],
+        )
         words |= {f"ref_answer_{i}": t for i, t in enumerate(references.get(key, ()), 1)}
-        assert set(line) == {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
-        assert solved == (q["category"] in ("math", "coding", "reasoning")) and line["user_prompt"] == prompts[name]["prompt_template"].format(**words)
-        assert line["model"] == "mine" and line["judge"] == ["gpt/4", name] and line["score"] == (9 if solved else -1 if key == 81 else 6.5)
+        assert set(line) == {
+            "question_id",
+            "model",
+            "judge",
+            "user_prompt",
+            "judgment",
+            "score",
+            "turn",
+            "tstamp",
+        }
+        assert solved == (q["category"] in ("math", "coding", "reasoning")) and line[
+            "user_prompt"
+        ] == prompts[name]["prompt_template"].format(**words)
+        assert (
+            line["model"] == "mine"
+            and line["judge"] == ["gpt/4", name]
+            and line["score"] == (9 if solved else -1 if key == 81 else 6.5)
+        )
     where, key, body = server.asked[0]
-    assert where == "/v1/chat/completions" and key == "Bearer sk-test" and (body["temperature"], body["max_tokens"], body["model"]) == (0, 2048, "gpt/4")
+    assert (
+        where == "/v1/chat/completions"
+        and key == "Bearer sk-test"
+        and (body["temperature"], body["max_tokens"], body["model"]) == (0, 2048, "gpt/4")
+    )
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
-    assert {body["messages"][0]["content"] for _, _, body in server.asked} == {p["system_prompt"] for name, p in prompts.items() if "single" in name}
+    assert {body["messages"][0]["content"] for _, _, body in server.asked} == {
+        p["system_prompt"] for name, p in prompts.items() if "single" in name
+    }
     mean = (30 * 9 + 49 * 6.5) / 79
-    for words in ("first turn      {:.2f}  (79 ratings)", "second turn     {:.2f}  (79 ratings)", "all turns       {:.2f}  (158 ratings)"):
+    for words in (
+        "first turn      {:.2f}  (79 ratings)",
+        "second turn     {:.2f}  (79 ratings)",
+        "all turns       {:.2f}  (158 ratings)",
+    ):
         assert words.format(mean) in out
-    assert "math            9.00  (20 ratings)" in out and "writing         6.50  (18 ratings)" in out and "2 of 160 judgments hold no rating" in out
+    assert (
+        "math            9.00  (20 ratings)" in out
+        and "writing         6.50  (18 ratings)" in out
+        and "2 of 160 judgments hold no rating" in out
+    )
     command(*args, f"--judge_url={server.url}")
     assert len(server.asked) == 160 and "160 of them rated already" in capsys.readouterr().out
 
@@ -410,14 +749,20 @@ def test_judge(server, answers, shared, capsys):
 def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
     path, args = answers
     out = path.with_name("mine-gpt_4_single.jsonl")
-    server.reply = lambda n, body: good("[[5]]") if n < 40 else (400, {}, json.dumps(dict(error=dict(message="bad\nrequest"))))
-    with pytest.raises(ValueError, match="400 Bad Request: bad request; check --judge_url, --judge_model=gpt/4") as e:
+    server.reply = lambda n, body: (
+        good("[[5]]") if n < 40 else (400, {}, json.dumps(dict(error=dict(message="bad\nrequest"))))
+    )
+    with pytest.raises(
+        ValueError, match="400 Bad Request: bad request; check --judge_url, --judge_model=gpt/4"
+    ) as e:
         command(*args, f"--judge_url={server.url}")
     assert "\n" not in str(e.value) and "sk-test" not in str(e.value)
     kept = lines_of(out)
-    assert 40 == len(kept) and len(server.asked) <= 80                           # nothing paid for is lost, and the rest is not asked: ten in a row, which three late replies may begin anew
+    assert (
+        40 == len(kept) and len(server.asked) <= 80
+    )  # nothing paid for is lost, and the rest is not asked: ten in a row, which three late replies may begin anew
     with open(out, "a") as f:
-        f.write('{"question_id": 160, "sco')                                     # as a kill leaves it
+        f.write('{"question_id": 160, "sco')  # as a kill leaves it
     server.reply = lambda n, body: good("[[7]]")
     before = len(server.asked)
     command(*args, f"--judge_url={server.url}")
@@ -448,10 +793,19 @@ def test_judge_without_a_judge(answers, capsys):
 
 
 TROUBLES = {
-    "rate limit": (429, {"Retry-After": "0"}, "slow down"), "rate limit by date": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, ""),
-    "server error": (500, {}, "oops"), "overloaded": (503, {}, "<html>"), "not JSON": (200, {}, "<html>"), "not UTF-8": (200, {}, b"\xff"),
-    "no choices": (200, {}, '{"error": "x"}'), "empty choices": (200, {}, '{"choices": []}'), "null": (200, {}, '{"choices": [{"message": {"content": null}}]}'),
-    "a list": (200, {}, "[1]"), "cut off": (200, {"Content-Length": "1000"}, '{"choices'), "silence": 5.0, "connection closed": 0.0,
+    "rate limit": (429, {"Retry-After": "0"}, "slow down"),
+    "rate limit by date": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, ""),
+    "server error": (500, {}, "oops"),
+    "overloaded": (503, {}, "<html>"),
+    "not JSON": (200, {}, "<html>"),
+    "not UTF-8": (200, {}, b"\xff"),
+    "no choices": (200, {}, '{"error": "x"}'),
+    "empty choices": (200, {}, '{"choices": []}'),
+    "null": (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+    "a list": (200, {}, "[1]"),
+    "cut off": (200, {"Content-Length": "1000"}, '{"choices'),
+    "silence": 5.0,
+    "connection closed": 0.0,
 }
 
 
@@ -459,7 +813,11 @@ TROUBLES = {
 def test_complete_tries_again(server, trouble):
     reply = TROUBLES[trouble]
     server.reply = lambda n, body: good("fine [[8]]") if n == 2 else reply
-    assert eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=2, timeout=0.3) == "fine [[8]]" and len(server.asked) == 3
+    assert (
+        eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=2, timeout=0.3)
+        == "fine [[8]]"
+        and len(server.asked) == 3
+    )
     with pytest.raises(ConnectionError):
         eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=1, timeout=0.2)
     assert len(server.asked) == 5
@@ -471,10 +829,23 @@ def test_complete_waits_as_asked_and_doubles(server, monkeypatch):
     class Stop:
         def wait(self, seconds):
             waits.append(seconds)
-    replies = iter([(429, {"Retry-After": "7"}, ""), (500, {}, ""), (429, {"Retry-After": "900"}, ""), (429, {"Retry-After": "soon"}, ""), good("x")])
+
+    replies = iter(
+        [
+            (429, {"Retry-After": "7"}, ""),
+            (500, {}, ""),
+            (429, {"Retry-After": "900"}, ""),
+            (429, {"Retry-After": "soon"}, ""),
+            good("x"),
+        ]
+    )
     server.reply = lambda n, body: next(replies)
-    assert eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=4, stop=Stop()) == "x" and waits == [7, 0.02, 60, 0.08]
-    date = eval.email.utils.format_datetime(eval.email.utils.localtime().astimezone() + __import__("datetime").timedelta(seconds=30))
+    assert eval.complete(
+        f"{server.url}/chat/completions", dict(model="m"), retries=4, stop=Stop()
+    ) == "x" and waits == [7, 0.02, 60, 0.08]
+    date = eval.email.utils.format_datetime(
+        eval.email.utils.localtime().astimezone() + __import__("datetime").timedelta(seconds=30)
+    )
     assert 25 < eval.retry_after({"Retry-After": date}) <= 30 and eval.retry_after({}) == 0
 
 
@@ -482,18 +853,31 @@ def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
     path, args = answers
     server.reply = lambda n, body: (401, {}, json.dumps(dict(error=dict(message="Incorrect API key"))))
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ValueError, match=r"401 Unauthorized: Incorrect API key; check .* OPENAI_API_KEY \(which is not set\)"):
+    with pytest.raises(
+        ValueError, match=r"401 Unauthorized: Incorrect API key; check .* OPENAI_API_KEY \(which is not set\)"
+    ):
         command(*args, f"--judge_url={server.url}", "--parallel=1")
     assert len(server.asked) == 1 and server.asked[0][1] is None
 
 
-@pytest.mark.parametrize("trouble, why, asked", [
-    ((500, {}, ""), "500 Internal Server Error", 162), ((400, {}, '{"error": {"message": "not allowed"}}'), "http[^ ]*: 400 Bad Request: not allowed; check [^;]*", 160),
-])
+@pytest.mark.parametrize(
+    "trouble, why, asked",
+    [
+        ((500, {}, ""), "500 Internal Server Error", 162),
+        (
+            (400, {}, '{"error": {"message": "not allowed"}}'),
+            "http[^ ]*: 400 Bad Request: not allowed; check [^;]*",
+            160,
+        ),
+    ],
+)
 def test_what_fails_for_good_is_left_to_the_next_call(server, answers, capsys, trouble, why, asked):
     path, args = answers
     server.reply = lambda n, body: trouble if "first 85" in body["messages"][1]["content"] else good("[[7]]")
-    with pytest.raises(ValueError, match=f"2 of 160 turns could not be rated .last: {why}.; the same command asks for those alone"):
+    with pytest.raises(
+        ValueError,
+        match=f"2 of 160 turns could not be rated .last: {why}.; the same command asks for those alone",
+    ):
         command(*args, f"--judge_url={server.url}", "--retries=1")
     assert len(server.asked) == asked and "all turns       7.00  (158 ratings)" in capsys.readouterr().out
     server.reply = lambda n, body: good("[[7]]")
@@ -509,12 +893,17 @@ def test_a_dead_judge_is_given_up(server, answers):
     assert len(server.asked) < 20 and not path.with_name("mine-gpt_4_single.jsonl").exists()
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--judge_url=localhost:8000"], "expected the address of an OpenAI-compatible endpoint"),
-    (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: expected.*FastChat"),
-    (["--judge_url=http://x", "--references="], "question 1.. .* beside a reference answer.*gpt-4.jsonl"), (["--retries=-1"], "retries"),
-    (["--timeout=0"], "timeout"), (["--answers="], "mtbench"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--judge_url=localhost:8000"], "expected the address of an OpenAI-compatible endpoint"),
+        (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: expected.*FastChat"),
+        (["--judge_url=http://x", "--references="], "question 1.. .* beside a reference answer.*gpt-4.jsonl"),
+        (["--retries=-1"], "retries"),
+        (["--timeout=0"], "timeout"),
+        (["--answers="], "mtbench"),
+    ],
+)
 def test_bad_judge_options(answers, argv, words):
     with pytest.raises(ValueError, match=words):
         command(*answers[1], *argv)
@@ -523,10 +912,13 @@ def test_bad_judge_options(answers, argv, words):
 def test_bad_answers(answers):
     path, args = answers
     record = lines_of(path)[0]
-    for wrong, words in ((dict(record, choices=[]), "question 81: expected choices"), (dict(record, choices=[dict(turns=["one"])]), "two texts"),
-                         (dict(record, choices=3), "two texts"),
-                         (dict(record, question_id=7), "question 7 is answered, and it is not in --data"),
-                         (dict(question_id=81), "expected lines with question_id, model_id, choices")):
+    for wrong, words in (
+        (dict(record, choices=[]), "question 81: expected choices"),
+        (dict(record, choices=[dict(turns=["one"])]), "two texts"),
+        (dict(record, choices=3), "two texts"),
+        (dict(record, question_id=7), "question 7 is answered, and it is not in --data"),
+        (dict(question_id=81), "expected lines with question_id, model_id, choices"),
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=words):
             command(*args, "--judge_url=http://x")
@@ -534,9 +926,16 @@ def test_bad_answers(answers):
 
 def test_bad_judge_prompts(answers, tmp_path):
     path, args = answers
-    for text, words in (('{"name": "single-v1"}', "expected lines with name, system_prompt"), ("{", "line 1: not JSON"), ("", "expected lines with"),
-                        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "has no prompt single-v1, only x"),
-                        ('{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}', "single-v1 cannot be filled.*nothing.*it may name question")):
+    for text, words in (
+        ('{"name": "single-v1"}', "expected lines with name, system_prompt"),
+        ("{", "line 1: not JSON"),
+        ("", "expected lines with"),
+        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "has no prompt single-v1, only x"),
+        (
+            '{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}',
+            "single-v1 cannot be filled.*nothing.*it may name question",
+        ),
+    ):
         (tmp_path / "p.jsonl").write_text(text)
         with pytest.raises(ValueError, match=words):
             command(*args, "--judge_url=http://x", f"--judge_prompts={tmp_path}/p.jsonl")

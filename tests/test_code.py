@@ -1,4 +1,5 @@
 """eval.py: HumanEval and MBPP, and the sandbox that runs what a model wrote. Only the sandbox's own programs run here; a sandbox that this machine lacks skips."""
+
 import gzip
 import json
 import math
@@ -43,30 +44,54 @@ def some_sandbox():
 
 # answers
 
-@pytest.mark.parametrize("answer, code", [
-    ("Sure!\n```python\ndef f(x):\n    return x\n```\nIt works:\n```python\nf(1)\n```", "def f(x):\n    return x\n"), ("```\nx = 1\n```", "x = 1\n"),
-    ("```bash\npip install x\n```\n```Python3 \nx = 1\n```", "x = 1\n"), ("```python\nx = 1", "x = 1"), ("\n \n    return 1\n", "    return 1\n"),
-    ("def f():\n    assert 1\n    return 1\nassert f() == 2\n", "def f():\n    assert 1\n    return 1\n"), ("x = 1\n# Example usage:\nprint(x)", "x = 1\n"),
-    ('x = 1\nif __name__ == "__main__":\n    x = 2', "x = 1\n"), ("asserted = 1", "asserted = 1"), ("", ""),
-])
+
+@pytest.mark.parametrize(
+    "answer, code",
+    [
+        (
+            "Sure!\n```python\ndef f(x):\n    return x\n```\nIt works:\n```python\nf(1)\n```",
+            "def f(x):\n    return x\n",
+        ),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```bash\npip install x\n```\n```Python3 \nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1", "x = 1"),
+        ("\n \n    return 1\n", "    return 1\n"),
+        ("def f():\n    assert 1\n    return 1\nassert f() == 2\n", "def f():\n    assert 1\n    return 1\n"),
+        ("x = 1\n# Example usage:\nprint(x)", "x = 1\n"),
+        ('x = 1\nif __name__ == "__main__":\n    x = 2', "x = 1\n"),
+        ("asserted = 1", "asserted = 1"),
+        ("", ""),
+    ],
+)
 def test_extract_code(answer, code):
     assert eval.extract_code(answer) == code
 
 
 def test_humaneval_program_takes_a_whole_function_or_a_body():
     prompt = 'import math\n\n\ndef f(x):\n    """Double."""\n'
-    for answer in ("    return 2 * x", "return 2 * x", " return 2 * x\n", "```python\n    if x:\n        return 2 * x\n    return 0\n```\n",
-                   "    return g(x)\n\ndef g(x):\n    return 2 * x", "\nif x:\n    return 2 * x\nreturn 0", "```python\ndef f(x):\n    return 2 * x\n```", " def f(x):\n    return g(x)\n\ndef g(x):\n    return 2 * x",
-                   prompt + "    return 2 * x\nassert f(1) == 3", "    def f(x):\n        return 2 * x"):
+    for answer in (
+        "    return 2 * x",
+        "return 2 * x",
+        " return 2 * x\n",
+        "```python\n    if x:\n        return 2 * x\n    return 0\n```\n",
+        "    return g(x)\n\ndef g(x):\n    return 2 * x",
+        "\nif x:\n    return 2 * x\nreturn 0",
+        "```python\ndef f(x):\n    return 2 * x\n```",
+        " def f(x):\n    return g(x)\n\ndef g(x):\n    return 2 * x",
+        prompt + "    return 2 * x\nassert f(1) == 3",
+        "    def f(x):\n        return 2 * x",
+    ):
         space = {}
-        exec(eval.humaneval_program(prompt, "f", answer), space)                 # our own text
+        exec(eval.humaneval_program(prompt, "f", answer), space)  # our own text
         assert space["f"](4) == 8, answer
 
 
 def test_pass_at_k_equals_counting():
     for n, c, k in ((5, 2, 3), (4, 0, 2), (4, 4, 1), (6, 5, 2), (1, 1, 1)):
         draws = list(combinations(range(n), k))
-        assert math.isclose(eval.pass_at_k(n, c, k), sum(any(i < c for i in draw) for draw in draws) / len(draws)), (n, c, k)
+        assert math.isclose(
+            eval.pass_at_k(n, c, k), sum(any(i < c for i in draw) for draw in draws) / len(draws)
+        ), (n, c, k)
 
 
 # the sandbox
@@ -74,11 +99,11 @@ def test_pass_at_k_equals_counting():
 MARK = f"balora-{os.getpid()}-{time.time_ns()}"
 SPAWN = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', '{MARK}'], start_new_session=True)\n"
 EVERYTHING = "import gc, inspect, os, sys\nprint(sys.argv, os.environ, gc.get_objects()[:1], sys._getframe().f_back.f_locals, list(sys.modules))\n"
-HOSTILE = {                            # program: what its verdict says
+HOSTILE = {  # program: what its verdict says
     "while True: pass": "CPU time",
     "import time\ntime.sleep(99)": "stopped after 6 s",
     "x = bytearray(2 * 10**9)": "MemoryError",
-    "x = []\nwhile True: x.append(bytearray(10**7))": "MemoryError|CPU time|stopped after",          # whichever limit a busy machine meets first
+    "x = []\nwhile True: x.append(bytearray(10**7))": "MemoryError|CPU time|stopped after",  # whichever limit a busy machine meets first
     "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass": "CPU time|stopped after",
     "while True: print('x' * 1000)": "bytes of output|CPU time|stopped after",
     "import os\nwhile True: os.write(2, b'x' * 1000)": "bytes of output|CPU time|stopped after",
@@ -108,7 +133,8 @@ HOSTILE = {                            # program: what its verdict says
     "import os\nassert os.getuid() != 0\nos.setuid(0)": "Invalid argument|not permitted",
     "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0, 'no new namespace'": "no new namespace",
     "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))": "not allowed",
-    EVERYTHING + "for i in range(64):\n    try: print(os.read(i, 999))\n    except OSError: pass\nsys.stdout.flush()\nos._exit(0)": "",
+    EVERYTHING
+    + "for i in range(64):\n    try: print(os.read(i, 999))\n    except OSError: pass\nsys.stdout.flush()\nos._exit(0)": "",
     "import builtins, os, sys\nbuiltins.print = sys.stdout.write = os.write = os.read = lambda *a: 1\nsys.exit = os._exit = lambda *a: 1": "AssertionError",
     "import atexit\natexit.register(print, 'passed')\nraise SystemExit": "passed",
     "x = 1\0": "null bytes",
@@ -122,15 +148,23 @@ def verdicts(sandbox, tmp_path_factory):
     file = os.path.expanduser(f"~/.{MARK}")
     mine = tmp_path_factory.mktemp("ours") / "x"
     mine.write_text("x")
-    names = dict(file=file, ours=os.path.join(os.path.realpath(sys.base_prefix), "bin", os.path.basename(os.path.realpath(sys.executable))), prefix=sys.prefix,
-                 home=os.path.expanduser("~"))
+    names = dict(
+        file=file,
+        ours=os.path.join(
+            os.path.realpath(sys.base_prefix), "bin", os.path.basename(os.path.realpath(sys.executable))
+        ),
+        prefix=sys.prefix,
+        home=os.path.expanduser("~"),
+    )
     os.environ["SECRET"] = "1"
     with socket.create_server(("127.0.0.1", 0)) as server, open(file, "w") as f, ThreadPool(2) as pool:
+
         def run(program):
             start, text = time.time(), program
             for name, value in dict(names, port=server.getsockname()[1]).items():
                 text = text.replace("{%s}" % name, str(value)).replace("{%s!r}" % name, repr(value))
             return *eval.run_program(sandbox, text, "assert False, 'the test'", QUICK), time.time() - start
+
         try:
             found = dict(zip(HOSTILE, pool.map(run, HOSTILE, chunksize=1)))
             assert all(os.path.exists(p) for p in names.values())
@@ -140,7 +174,9 @@ def verdicts(sandbox, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("program", HOSTILE, ids=lambda p: p.splitlines()[-1][:40] if len(p) < 2000 else "nested")
+@pytest.mark.parametrize(
+    "program", HOSTILE, ids=lambda p: p.splitlines()[-1][:40] if len(p) < 2000 else "nested"
+)
 def test_hostile_programs_are_contained(verdicts, program):
     passed, why, seconds = verdicts[program]
     assert not passed and re.search(HOSTILE[program], why) and seconds < 60, (why, seconds)
@@ -160,7 +196,7 @@ def processes(mark):
 
 def test_no_process_outlives_its_run(sandbox, verdicts):
     end = time.time() + 3
-    while processes(MARK) and time.time() < end:                                 # a killed one may take a moment to go
+    while processes(MARK) and time.time() < end:  # a killed one may take a moment to go
         time.sleep(0.05)
     assert not processes(MARK)
 
@@ -185,23 +221,42 @@ with open('b', 'w') as f:
 if __name__ == '__main__':
     sys.exit(1)
 """
-    assert eval.run_program(sandbox, program, "assert A().x == 1 and read == 'a' and open('b').read() == 'c'") == (True, "")
-    assert eval.run_program(sandbox, program, "assert A().x == 2, 'not two'") == (False, "AssertionError: not two")
-    assert eval.run_program(sandbox, "import os\nassert os.listdir('/tmp') in ([], [os.sep.join({!r}.split(os.sep)[2:3])])".format(sys.prefix), "") == (True, "")
+    assert eval.run_program(
+        sandbox, program, "assert A().x == 1 and read == 'a' and open('b').read() == 'c'"
+    ) == (True, "")
+    assert eval.run_program(sandbox, program, "assert A().x == 2, 'not two'") == (
+        False,
+        "AssertionError: not two",
+    )
+    assert eval.run_program(
+        sandbox,
+        "import os\nassert os.listdir('/tmp') in ([], [os.sep.join({!r}.split(os.sep)[2:3])])".format(
+            sys.prefix
+        ),
+        "",
+    ) == (True, "")
     assert eval.run_program(sandbox, "x = '\ud800'", "assert x == '?'") == (True, "")
-    assert eval.run_program(sandbox, "x = 1\n" + "#" * 300000, "assert x == 1") == (True, "")      # more than a pipe or an argument holds
+    assert eval.run_program(sandbox, "x = 1\n" + "#" * 300000, "assert x == 1") == (
+        True,
+        "",
+    )  # more than a pipe or an argument holds
 
 
 def test_a_sandbox_that_fails_is_no_verdict(sandbox, monkeypatch):
     with pytest.raises(ValueError, match="the sandbox did not start"):
         eval.run_program([*sandbox[:-2], "--no-such-option"], "", "")
-    monkeypatch.setattr(eval, "sandboxes", lambda: {"bwrap": ["sh", "-c", "echo no; exit 1"], "no-such-tool": []})
-    with pytest.raises(ValueError, match="none works here.*no-such-tool is not installed.*apt install bubblewrap") as e:
+    monkeypatch.setattr(
+        eval, "sandboxes", lambda: {"bwrap": ["sh", "-c", "echo no; exit 1"], "no-such-tool": []}
+    )
+    with pytest.raises(
+        ValueError, match="none works here.*no-such-tool is not installed.*apt install bubblewrap"
+    ) as e:
         eval.find_sandbox()
     assert "\n" not in str(e.value)
 
 
 # the data sets' own solutions
+
 
 def solve(sandbox, jobs):
     with ThreadPool(os.cpu_count()) as pool:
@@ -211,21 +266,41 @@ def solve(sandbox, jobs):
 def test_humaneval_reference_solutions(sandbox, shared):
     """Every fourth problem (all 164 pass, in 5 s by bwrap and 8 s by unshare on two cores): the bare body, and for a few the whole function; an empty answer fails."""
     rows = [json.loads(line) for line in gzip.open(shared / "humaneval/HumanEval.jsonl.gz", "rt")]
-    job = lambda row, answer: (eval.humaneval_program(row["prompt"], row["entry_point"], answer), f"{row['test']}\ncheck({row['entry_point']})\n")
-    assert len(rows) == 164 and solve(sandbox, [job(row, row["canonical_solution"]) for row in rows[::4]]) == [(True, "")] * 41
-    assert solve(sandbox, [job(row, f"```python\n{row['prompt']}{row['canonical_solution']}```") for row in rows[::20]]) == [(True, "")] * 9
+    job = lambda row, answer: (
+        eval.humaneval_program(row["prompt"], row["entry_point"], answer),
+        f"{row['test']}\ncheck({row['entry_point']})\n",
+    )
+    assert (
+        len(rows) == 164
+        and solve(sandbox, [job(row, row["canonical_solution"]) for row in rows[::4]]) == [(True, "")] * 41
+    )
+    assert (
+        solve(
+            sandbox,
+            [job(row, f"```python\n{row['prompt']}{row['canonical_solution']}```") for row in rows[::20]],
+        )
+        == [(True, "")] * 9
+    )
     assert not any(passed for passed, _ in solve(sandbox, [job(row, "") for row in rows[::20]]))
 
 
 # commands
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("code")
-    randomise(model.Transformer(small_config(vocab_size=259, max_len=2048, eos=257))).save(folder / "base", model.Bytes())
+    randomise(model.Transformer(small_config(vocab_size=259, max_len=2048, eos=257))).save(
+        folder / "base", model.Bytes()
+    )
     with gzip.open(folder / "he.jsonl.gz", "wt") as f:
         for i in range(6):
-            row = dict(task_id=f"T/{i}", prompt=f'def f{i}(x):\n    """Add {i}."""\n', entry_point=f"f{i}", test=f"def check(f):\n    assert f(1) == 1 + {i}\n")
+            row = dict(
+                task_id=f"T/{i}",
+                prompt=f'def f{i}(x):\n    """Add {i}."""\n',
+                entry_point=f"f{i}",
+                test=f"def check(f):\n    assert f(1) == 1 + {i}\n",
+            )
             f.write(json.dumps(row) + "\n")
     return folder
 
@@ -236,40 +311,91 @@ def command(*argv):
 
 def test_humaneval_in_two_phases(base, capsys, some_sandbox, monkeypatch):
     monkeypatch.chdir(base)
-    args = ["humaneval", "--init=base", "--data=he.jsonl.gz", "--last=5", "--limit=4", "--max_new=4", "--template=plain"]
-    monkeypatch.setattr(eval, "run_program", None)                               # nothing runs without --execute
+    args = [
+        "humaneval",
+        "--init=base",
+        "--data=he.jsonl.gz",
+        "--last=5",
+        "--limit=4",
+        "--max_new=4",
+        "--template=plain",
+    ]
+    monkeypatch.setattr(eval, "run_program", None)  # nothing runs without --execute
     command(*args)
-    assert "4 answers -> out/humaneval-base.jsonl; none was executed: the same command with --execute" in capsys.readouterr().out
+    assert (
+        "4 answers -> out/humaneval-base.jsonl; none was executed: the same command with --execute"
+        in capsys.readouterr().out
+    )
     monkeypatch.undo(), monkeypatch.chdir(base)
     answers, results = base / "out/humaneval-base.jsonl", base / "out/humaneval-base-results.jsonl"
     assert not results.exists() and len(answers.read_text().splitlines()) == 5
     head, *lines = map(json.loads, answers.read_text().splitlines())
-    good = ["    return x + 1", "```python\ndef f2(x):\n    return x + 2\n```", "import os\nos._exit(0)", "return x + 5"]         # rows 1 to 4
+    good = [
+        "    return x + 1",
+        "```python\ndef f2(x):\n    return x + 2\n```",
+        "import os\nos._exit(0)",
+        "return x + 5",
+    ]  # rows 1 to 4
     lines = [dict(line, answer=good[line["row"]]) for line in lines]
     answers.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
     command(*args, "--execute")
     out = capsys.readouterr().out.splitlines()[-1]
     assert "pass@1 50.00 % (2 of 4), 95 % interval 15.00 to 85.00 -> out/humaneval-base-results.jsonl" in out
     whole = results.read_text().splitlines()
-    assert [json.loads(line)["passed"] for line in sorted(whole[1:], key=lambda line: json.loads(line)["row"])] == [True, True, False, False]
+    assert [
+        json.loads(line)["passed"] for line in sorted(whole[1:], key=lambda line: json.loads(line)["row"])
+    ] == [True, True, False, False]
     results.write_text("\n".join(whole[:3]) + "\n" + whole[3][:9])
     ran, run = [], eval.run_program
     monkeypatch.setattr(eval, "run_program", lambda box, *job: ran.append(job) or run(box, *job))
     command(*args, "--execute")
-    assert len([job for job in ran if job[0]]) == 2 and capsys.readouterr().out.splitlines()[-1] == out and len(results.read_text().splitlines()) == 5
-    answers.write_text("".join(json.dumps(dict(line, answer="")) + "\n" if "answer" in line else json.dumps(line) + "\n" for line in (head, *lines)))
-    with pytest.raises(ValueError, match="was made with"):                       # old verdicts are not those of other answers
+    assert (
+        len([job for job in ran if job[0]]) == 2
+        and capsys.readouterr().out.splitlines()[-1] == out
+        and len(results.read_text().splitlines()) == 5
+    )
+    answers.write_text(
+        "".join(
+            json.dumps(dict(line, answer="")) + "\n" if "answer" in line else json.dumps(line) + "\n"
+            for line in (head, *lines)
+        )
+    )
+    with pytest.raises(ValueError, match="was made with"):  # old verdicts are not those of other answers
         command(*args, "--execute")
 
 
 def test_mbpp_and_pass_at_k(base, capsys, some_sandbox, monkeypatch):
     monkeypatch.chdir(base)
-    rows = [dict(text="Write double.", code="", task_id=1, test_setup_code="two = Two()", test_list=["assert double(3) == 6", "assert two.x == 2"]),
-            dict(text="Write triple.", code="", task_id=2, test_setup_code="", test_list=["assert triple(3) == 9"])]
+    rows = [
+        dict(
+            text="Write double.",
+            code="",
+            task_id=1,
+            test_setup_code="two = Two()",
+            test_list=["assert double(3) == 6", "assert two.x == 2"],
+        ),
+        dict(
+            text="Write triple.", code="", task_id=2, test_setup_code="", test_list=["assert triple(3) == 9"]
+        ),
+    ]
     (base / "mbpp.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    row = dict(prompt="Write root.", code="", task_id=3, test_imports=["import math"], test_list=["assert root(4) == math.sqrt(4)"])
+    row = dict(
+        prompt="Write root.",
+        code="",
+        task_id=3,
+        test_imports=["import math"],
+        test_list=["assert root(4) == math.sqrt(4)"],
+    )
     (base / "sanitized.json").write_text(json.dumps([row]))
-    args = ["mbpp", "--init=base", "--data=mbpp.jsonl", "--max_new=3", "--n=3", "--k=1,2,3", "--temperature=1"]
+    args = [
+        "mbpp",
+        "--init=base",
+        "--data=mbpp.jsonl",
+        "--max_new=3",
+        "--n=3",
+        "--k=1,2,3",
+        "--temperature=1",
+    ]
     command(*args)
     path = base / "out/mbpp-base.jsonl"
     head, *lines = map(json.loads, path.read_text().splitlines())
@@ -278,13 +404,20 @@ def test_mbpp_and_pass_at_k(base, capsys, some_sandbox, monkeypatch):
     path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
     command(*args, "--execute")
     out = capsys.readouterr().out
-    assert all(words in out for words in ("pass@1 16.67 % (2 problems, 3 answers each", "pass@2 33.33 %", "pass@3 50.00 %"))
+    assert all(
+        words in out
+        for words in ("pass@1 16.67 % (2 problems, 3 answers each", "pass@2 33.33 %", "pass@3 50.00 %")
+    )
     command("mbpp", "--init=base", "--data=sanitized.json", "--max_new=3", "--out=clean")
     path = base / "out/clean.jsonl"
     head, line = map(json.loads, path.read_text().splitlines())
-    path.write_text("\n".join(map(json.dumps, (head, dict(line, answer="def root(x):\n    return x ** 0.5")))) + "\n")
+    path.write_text(
+        "\n".join(map(json.dumps, (head, dict(line, answer="def root(x):\n    return x ** 0.5")))) + "\n"
+    )
     command("mbpp", "--init=base", "--data=sanitized.json", "--max_new=3", "--out=clean", "--execute")
-    assert "pass@1 100.00 % (1 of 1)" in capsys.readouterr().out and (base / "out/clean-results.jsonl").exists()
+    assert (
+        "pass@1 100.00 % (1 of 1)" in capsys.readouterr().out and (base / "out/clean-results.jsonl").exists()
+    )
 
 
 def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
@@ -292,22 +425,41 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
     monkeypatch.chdir(base)
     monkeypatch.setattr(eval, "find_sandbox", lambda: sandbox)
     for name in ("mbpp.jsonl", "sanitized-mbpp.json"):
-        rows = [json.loads(line) for line in open(shared / "mbpp" / name)] if name.endswith("l") else json.load(open(shared / "mbpp" / name))
+        rows = (
+            [json.loads(line) for line in open(shared / "mbpp" / name)]
+            if name.endswith("l")
+            else json.load(open(shared / "mbpp" / name))
+        )
         sample = random.Random(0).sample(rows, 12) + [row for row in rows if row["task_id"] in (367, 927)]
         text = "\n".join(map(json.dumps, sample)) if name.endswith("l") else json.dumps(sample)
         (base / name.replace("mbpp", "sample")).write_text(text)
-        monkeypatch.setattr(eval, "answer_items", lambda o, name, prompts, judge, n: (f"out/{len(sample)}{name}.jsonl", [
-            dict(row=i, sample=0, answer=row["code"]) for i, row in enumerate(sample)]))
+        monkeypatch.setattr(
+            eval,
+            "answer_items",
+            lambda o, name, prompts, judge, n: (
+                f"out/{len(sample)}{name}.jsonl",
+                [dict(row=i, sample=0, answer=row["code"]) for i, row in enumerate(sample)],
+            ),
+        )
         shown = []
         monkeypatch.setattr(eval, "print_share", lambda what, hits, n, path: shown.append((hits, n)))
         command("mbpp", "--init=base", f"--data={name.replace('mbpp', 'sample')}", "--execute")
         assert shown == [(len(sample), len(sample))]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--k=1,10"], "comma-separated k from 1 to n"), (["--k=x"], "--k=x"), (["--n=0"], "--n=0"), (["--n=5", "--k=5"], "all the same; add --temperature"),
-    (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"), (["--data=none.jsonl.gz"], "expected an existing"), (["--data=cut.jsonl.gz"], "not a whole .gz"), (["--data=not.jsonl.gz"], "not a whole .gz"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--k=1,10"], "comma-separated k from 1 to n"),
+        (["--k=x"], "--k=x"),
+        (["--n=0"], "--n=0"),
+        (["--n=5", "--k=5"], "all the same; add --temperature"),
+        (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"),
+        (["--data=none.jsonl.gz"], "expected an existing"),
+        (["--data=cut.jsonl.gz"], "not a whole .gz"),
+        (["--data=not.jsonl.gz"], "not a whole .gz"),
+    ],
+)
 def test_bad_options(base, argv, words, monkeypatch):
     monkeypatch.chdir(base)
     (base / "rows.jsonl").write_text('{"q": "x"}\n')

@@ -1,4 +1,5 @@
 """The same promises on every device at hand (CPU, and CUDA where there is one): bf16, torch.compile, checkpointing, fused AdamW, memory figures."""
+
 import json
 
 import pytest
@@ -29,10 +30,20 @@ def test_base_bit_for_bit_in_bf16(device, compiled):
         base = net(ids)
         balora.attach(net, "balora", r=8)
         assert torch.equal(net(ids), base)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda"
+    )
     for _ in range(20):
         H = net.hidden(ids).flatten(0, 1)
-        total, _ = balora.loss_nlg(H, ids.roll(-1, 1).flatten(), net.head, None, (0, 0.01, 0.01), R=balora.head_factor(net.head), compile=compiled)
+        total, _ = balora.loss_nlg(
+            H,
+            ids.roll(-1, 1).flatten(),
+            net.head,
+            None,
+            (0, 0.01, 0.01),
+            R=balora.head_factor(net.head),
+            compile=compiled,
+        )
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -63,7 +74,9 @@ def test_every_layer_on_every_device(device, method):
     """Attached, trained, saved to the CPU: step 0 and the teacher are the base bit for bit in bf16, everything that trains is fp32 on the device."""
     net = net_on(device)
     ids = torch.randint(0, 259, (1, 100), device=device)
-    measure = lambda i: (lambda Z: Z.float().square().mean().backward() if Z.requires_grad else None)(net(ids))
+    measure = lambda i: (lambda Z: Z.float().square().mean().backward() if Z.requires_grad else None)(
+        net(ids)
+    )
     with torch.no_grad():
         base = net(ids)
         with torch.enable_grad():
@@ -92,7 +105,9 @@ def test_padded_batches_generate_as_single_rows(device):
     net = net_on(device, torch.float32)
     prompts = [[3], [9, 8, 7, 6, 5, 4], [11, 12] * 20]
     assert net.generate(prompts, 20, eos=-1) == [net.generate([p], 20, eos=-1)[0] for p in prompts]
-    assert net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1) == net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1)
+    assert net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1) == net.generate(
+        prompts, 20, temperature=1.0, top_p=0.9, eos=-1, seed=1
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -100,9 +115,27 @@ def test_padded_batches_generate_as_single_rows(device):
 def test_training_with_everything_on(device, method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net_on("cpu", torch.float32).save("base", model.Bytes())
-    (tmp_path / "rows.json").write_text(json.dumps([{"query": "ab" * (i % 9 + 1), "response": "c" * (i % 7 + 1)} for i in range(40)]))
-    argv = ["--init=base", "--data=rows.json", "--template=plain", "--batch_size=8", "--micro_batch=4", "--eval_rows=8", "--r=4", "--learning_rate=1e-2", "--max_iters=8",
-            "--eval_generate=2", "--max_new=8", f"--method={method}", "--lambda1=0.1", "--lambda2=0.01", "--lambda3=0.01", f"--device={device}"]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"query": "ab" * (i % 9 + 1), "response": "c" * (i % 7 + 1)} for i in range(40)])
+    )
+    argv = [
+        "--init=base",
+        "--data=rows.json",
+        "--template=plain",
+        "--batch_size=8",
+        "--micro_batch=4",
+        "--eval_rows=8",
+        "--r=4",
+        "--learning_rate=1e-2",
+        "--max_iters=8",
+        "--eval_generate=2",
+        "--max_new=8",
+        f"--method={method}",
+        "--lambda1=0.1",
+        "--lambda2=0.01",
+        "--lambda3=0.01",
+        f"--device={device}",
+    ]
     train_nlg.main([*argv, "--out_dir=plain"])
     train_nlg.main([*argv, "--out_dir=all", "--dtype=bfloat16", "--checkpointing", "--compile"])
     plain, everything = ([json.loads(line) for line in open(f"{out}/log.jsonl")] for out in ("plain", "all"))
@@ -117,12 +150,14 @@ def test_training_with_everything_on(device, method, tmp_path, monkeypatch):
 def test_compiled_training_meets_few_shapes(tmp_path, monkeypatch):
     """--compile must not fall back to eager: batches of five lengths, an evaluation with generation before them, and still a handful of graphs."""
     import torch._dynamo
+
     torch._dynamo.reset()
     graphs = []
 
     def counting(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
     net = net_on("cpu", torch.float32)
     balora.attach(net, "balora", r=4)
     for layer in net.layers:

@@ -1,4 +1,5 @@
 """BERT, RoBERTa, DeBERTa-v3 and T5 against transformers: random configurations it wrote itself, every parameter away from its default."""
+
 import json
 import math
 
@@ -18,11 +19,24 @@ def shake(net, seed=0):
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=rng)
             is_norm = p.dim() == 1 and name.endswith("weight")
-            p.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise if p.dim() == 1 else 1.2 * noise / math.sqrt(p.shape[-1]))
+            p.copy_(
+                1 + 0.3 * noise
+                if is_norm
+                else 0.3 * noise
+                if p.dim() == 1
+                else 1.2 * noise / math.sqrt(p.shape[-1])
+            )
     return net.eval()
 
 
-SMALL = dict(vocab_size=120, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, num_labels=3)
+SMALL = dict(
+    vocab_size=120,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=80,
+    num_labels=3,
+)
 
 
 def theirs(family, **more):
@@ -30,19 +44,55 @@ def theirs(family, **more):
         config = transformers.BertConfig(**{**SMALL, "max_position_embeddings": 160, **more})
         return transformers.BertForSequenceClassification(config)
     if family == "roberta":
-        config = transformers.RobertaConfig(**{**SMALL, "max_position_embeddings": 162, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, **more})
+        config = transformers.RobertaConfig(
+            **{
+                **SMALL,
+                "max_position_embeddings": 162,
+                "type_vocab_size": 1,
+                "pad_token_id": 1,
+                "layer_norm_eps": 1e-5,
+                **more,
+            }
+        )
         return transformers.RobertaForSequenceClassification(config)
     if family == "deberta":
-        config = transformers.DebertaV2Config(**{**SMALL, "max_position_embeddings": 64, "position_buckets": 16, "relative_attention": True, "norm_rel_ebd": "layer_norm",
-                                                 "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
-                                                 "layer_norm_eps": 1e-7, "pooler_hidden_size": 48, "pooler_hidden_act": "gelu", "pad_token_id": 0, **more})
+        config = transformers.DebertaV2Config(
+            **{
+                **SMALL,
+                "max_position_embeddings": 64,
+                "position_buckets": 16,
+                "relative_attention": True,
+                "norm_rel_ebd": "layer_norm",
+                "share_att_key": True,
+                "pos_att_type": ["p2c", "c2p"],
+                "position_biased_input": False,
+                "type_vocab_size": 0,
+                "layer_norm_eps": 1e-7,
+                "pooler_hidden_size": 48,
+                "pooler_hidden_act": "gelu",
+                "pad_token_id": 0,
+                **more,
+            }
+        )
         return transformers.DebertaV2ForSequenceClassification(config)
-    config = transformers.T5Config(**{"vocab_size": 120, "d_model": 48, "num_layers": 3, "num_heads": 4, "d_kv": 10, "d_ff": 80, "decoder_start_token_id": 0, **more})
+    config = transformers.T5Config(
+        **{
+            "vocab_size": 120,
+            "d_model": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "d_kv": 10,
+            "d_ff": 80,
+            "decoder_start_token_id": 0,
+            **more,
+        }
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
 class Words:
     """A vocabulary of w0, w1, ...: these tests are about networks."""
+
     sep = 102
 
     def encode(self, text):
@@ -57,8 +107,15 @@ def both(monkeypatch, tmp_path):
     def make(family, task="classify", **more):
         net = shake(theirs(family, **more))
         net.save_pretrained(tmp_path)
-        ours, _ = model.load(str(tmp_path), say=lambda *_: None, task=task, n_classes=3, labels=("w10", "w11", "w12") if family == "t5" else ())
+        ours, _ = model.load(
+            str(tmp_path),
+            say=lambda *_: None,
+            task=task,
+            n_classes=3,
+            labels=("w10", "w11", "w12") if family == "t5" else (),
+        )
         return net, ours.eval()
+
     return make
 
 
@@ -69,7 +126,10 @@ def batch(L, rows=3, low=5, high=100, pad=0):
     return ids.masked_fill(~mask, pad), mask
 
 
-@pytest.mark.parametrize("family, lengths", [("bert", (20, 160)), ("roberta", (20, 160)), ("deberta", (1, 2, 24, 60, 150)), ("t5", (6, 30, 400))])
+@pytest.mark.parametrize(
+    "family, lengths",
+    [("bert", (20, 160)), ("roberta", (20, 160)), ("deberta", (1, 2, 24, 60, 150)), ("t5", (6, 30, 400))],
+)
 def test_hidden_states_and_class_logits_equal_transformers(family, lengths, both):
     theirs, ours = both(family)
     for L in lengths:
@@ -79,7 +139,11 @@ def test_hidden_states_and_class_logits_equal_transformers(family, lengths, both
                 target = torch.randint(5, 119, (3, 30))
                 want = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=target).logits
                 assert (F.linear(ours.hidden(ids, mask, target=target), ours.head) - want).abs().max() < 1e-4
-                first = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=torch.zeros(3, 1, dtype=torch.long)).logits[:, 0]
+                first = theirs(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    decoder_input_ids=torch.zeros(3, 1, dtype=torch.long),
+                ).logits[:, 0]
                 assert (ours(ids, mask) - first[:, ours.label_ids]).abs().max() < 1e-4
                 continue
             out = theirs(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
@@ -87,7 +151,7 @@ def test_hidden_states_and_class_logits_equal_transformers(family, lengths, both
             assert (ours(ids, mask) - out.logits).abs().max() < 2e-5
             alone = ours(ids[1:2, : mask[1].sum()], mask[1:2, : mask[1].sum()])
             assert (alone - out.logits[1]).abs().max() < 2e-5
-            assert (ours(ids[:1]) - out.logits[:1]).abs().max() < 2e-5           # no mask where nothing is padded
+            assert (ours(ids[:1]) - out.logits[:1]).abs().max() < 2e-5  # no mask where nothing is padded
 
 
 def test_deberta_buckets_beyond_the_published_limit(both):
@@ -99,19 +163,25 @@ def test_deberta_buckets_beyond_the_published_limit(both):
 
 def test_deberta_rows_equal_transformers_table():
     from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
     for buckets, far in ((256, 512), (16, 64)):
         L = 2 * far + 9
         x = torch.zeros(1, L, 4)
         want = build_relative_position(x, x, bucket_size=buckets, max_position=far)[0]
         distance = torch.arange(L)[:, None] - torch.arange(L)
-        assert torch.equal(model.deberta_row(distance, buckets, far), (want + buckets).clamp(0, 2 * buckets - 1))
+        assert torch.equal(
+            model.deberta_row(distance, buckets, far), (want + buckets).clamp(0, 2 * buckets - 1)
+        )
 
 
 def test_t5_buckets_equal_transformers_table():
     from transformers.models.t5.modeling_t5 import T5Attention
+
     distance = torch.arange(700) - torch.arange(700)[:, None]
     for causal in (True, False):
-        want = T5Attention._relative_position_bucket(distance, bidirectional=not causal, num_buckets=32, max_distance=128)
+        want = T5Attention._relative_position_bucket(
+            distance, bidirectional=not causal, num_buckets=32, max_distance=128
+        )
         assert torch.equal(model.t5_bucket(distance, 32, 128, causal), want)
 
 
@@ -133,7 +203,9 @@ def test_norm_eps_and_dropout_are_the_files(family, both):
     assert {m.eps for m in norms} == {want} and len(norms) == 7 + (family == "deberta")
     ours.train()
     ids, mask = batch(20, pad=ours.config.pad)
-    assert not torch.equal(ours(ids, mask), ours(ids, mask)) and {m.p for m in ours.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.2}
+    assert not torch.equal(ours(ids, mask), ours(ids, mask)) and {
+        m.p for m in ours.modules() if isinstance(m, torch.nn.Dropout)
+    } == {0.0, 0.2}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "t5"])
@@ -149,7 +221,14 @@ def test_bfloat16_is_close_and_gradients_equal(family, both, tmp_path):
     for name, p in ours.named_parameters():
         want = grads[ours.checkpoint_name(name)]
         assert (p.grad - want).abs().max() <= 1e-4 * max(1.0, want.abs().max().item()), name
-    short, _ = model.load(str(tmp_path), dtype=torch.bfloat16, say=lambda *_: None, task="classify", n_classes=3, labels=("w10", "w11", "w12"))
+    short, _ = model.load(
+        str(tmp_path),
+        dtype=torch.bfloat16,
+        say=lambda *_: None,
+        task="classify",
+        n_classes=3,
+        labels=("w10", "w11", "w12"),
+    )
     with torch.no_grad():
         exact, rough = ours(ids, mask), short.eval()(ids, mask).float()
     assert (rough - exact).norm() < 0.06 * exact.norm()
@@ -168,12 +247,18 @@ def test_t5_generates_what_transformers_does(both):
     theirs, ours = both("t5", task="lm")
     with torch.no_grad():
         for net in (theirs, ours):
-            (net.shared if net is theirs else net.embed).weight.mul_(4)          # or the answer is one token for ever
+            (net.shared if net is theirs else net.embed).weight.mul_(4)  # or the answer is one token for ever
     prompts, seen = [[5, 17, 60, 80, 41], [33, 20], [9, 9, 70, 101, 64, 7, 88]], set()
     answers = ours.generate(prompts, max_new=24, eos=-1)
-    assert ours.generate(prompts, max_new=[24, 24, 5], eos=-1, rows=2) == [answers[0], answers[1], answers[2][:5]]         # the last one's place goes to the second
+    assert ours.generate(prompts, max_new=[24, 24, 5], eos=-1, rows=2) == [
+        answers[0],
+        answers[1],
+        answers[2][:5],
+    ]  # the last one's place goes to the second
     for prompt, got in zip(prompts, answers):
-        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, 1:]
+        want = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)[
+            0, 1:
+        ]
         assert got == want.tolist()
         seen |= set(got)
     assert len(seen) > 3
@@ -182,9 +267,15 @@ def test_t5_generates_what_transformers_does(both):
 def test_minilm_real_weights_equal_transformers(minilm):
     net, tok = minilm
     theirs = transformers.BertModel.from_pretrained(model.wheel_file("minilm"), dtype=torch.float32).eval()
-    rows = [tok.pair("A man is playing a guitar.", "Somebody makes music."), tok.pair("Paris is the capital of France.")]
+    rows = [
+        tok.pair("A man is playing a guitar.", "Somebody makes music."),
+        tok.pair("Paris is the capital of France."),
+    ]
     L = max(map(len, rows))
-    ids, mask = torch.tensor([r + [0] * (L - len(r)) for r in rows]), torch.tensor([[1] * len(r) + [0] * (L - len(r)) for r in rows])
+    ids, mask = (
+        torch.tensor([r + [0] * (L - len(r)) for r in rows]),
+        torch.tensor([[1] * len(r) + [0] * (L - len(r)) for r in rows]),
+    )
     types = ((ids == 102).long().cumsum(1) - (ids == 102).long()).clamp(max=1) * mask
     with torch.no_grad():
         want = theirs(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
@@ -194,7 +285,11 @@ def test_minilm_real_weights_equal_transformers(minilm):
 def test_published_sizes_equal_transformers_defaults():
     """Parameter counts of ARCHITECTURES 1: 2-label classifiers, T5 whole."""
     count = lambda name, n: sum(p.numel() for p in _skeleton(name, n).parameters())
-    assert count("roberta-base", 2) == 124_647_170 and count("deberta-v3-base", 2) == 184_423_682 and count("t5-base", 0) == 222_903_552
+    assert (
+        count("roberta-base", 2) == 124_647_170
+        and count("deberta-v3-base", 2) == 184_423_682
+        and count("t5-base", 0) == 222_903_552
+    )
 
 
 def _skeleton(name, n):
@@ -202,7 +297,14 @@ def _skeleton(name, n):
         return model.Transformer(model.PUBLISHED[name], n)
 
 
-@pytest.mark.parametrize("change, word", [(dict(position_biased_input=True), "position_biased_input"), (dict(pos_att_type=["c2p"]), "pos_att_type"), (dict(hidden_act="relu"), "hidden_act")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(position_biased_input=True), "position_biased_input"),
+        (dict(pos_att_type=["c2p"]), "pos_att_type"),
+        (dict(hidden_act="relu"), "hidden_act"),
+    ],
+)
 def test_unknown_switches_are_named(change, word, both, tmp_path):
     both("deberta")
     path = tmp_path / "config.json"
@@ -218,7 +320,9 @@ def test_new_head_is_seeded_and_named(both, tmp_path, capsys):
     assert "new: classifier.dense.weight" in capsys.readouterr().out
     b, _ = model.load(str(tmp_path), task="classify", n_classes=3, seed=1)
     c, _ = model.load(str(tmp_path), task="classify", n_classes=3, seed=2)
-    assert torch.equal(a.classifier.out.weight, b.classifier.out.weight) and not torch.equal(a.classifier.out.weight, c.classifier.out.weight)
+    assert torch.equal(a.classifier.out.weight, b.classifier.out.weight) and not torch.equal(
+        a.classifier.out.weight, c.classifier.out.weight
+    )
     with pytest.raises(ValueError, match="at least one class"):
         model.load(str(tmp_path), task="classify")
 

@@ -1,4 +1,5 @@
 """GLUE's files as they are, controlled corruption, batches, metrics. Nothing here needs a model."""
+
 import json
 import math
 import random
@@ -14,12 +15,22 @@ import eval
 import train_nlg
 from train_nlu import TASKS, class_table, flip_labels, order_of, read_file, read_glue, subsample
 
-ROWS = {                              # of data/SOURCES.md, but for the malformed row of QQP (label 0)
-    "CoLA/train.tsv": ("cola", [2528, 6023]), "MRPC/train.tsv": ("mrpc", [1194, 2474]), "MRPC/dev.tsv": ("mrpc", [129, 279]), "RTE/train.tsv": ("rte", [1249, 1241]),
-    "SST-2/train.tsv": ("sst2", [29780, 37569]), "SST-2/dev_first436.tsv": ("sst2", [208, 228]), "QNLI/dev.tsv": ("qnli", [2702, 2761]),
-    "QNLI/train_part_8999.json": ("qnli", [4523, 4476]), "QNLI/train_part_1000.json": ("qnli", [504, 496]), "QQP/train_part_23497.tsv": ("qqp", [14749, 8747]),
-    "QQP/train_part_8999.json": ("qqp", [5747, 3252]), "QQP/train_part_1000.json": ("qqp", [623, 377]), "MNLI/dev_matched.jsonl": ("mnli", [3479, 3123, 3213]),
-    "MNLI/train_part_8999.json": ("mnli", [3061, 2980, 2958]), "MNLI/train_part_1000.json": ("mnli", [347, 333, 320]),
+ROWS = {  # of data/SOURCES.md, but for the malformed row of QQP (label 0)
+    "CoLA/train.tsv": ("cola", [2528, 6023]),
+    "MRPC/train.tsv": ("mrpc", [1194, 2474]),
+    "MRPC/dev.tsv": ("mrpc", [129, 279]),
+    "RTE/train.tsv": ("rte", [1249, 1241]),
+    "SST-2/train.tsv": ("sst2", [29780, 37569]),
+    "SST-2/dev_first436.tsv": ("sst2", [208, 228]),
+    "QNLI/dev.tsv": ("qnli", [2702, 2761]),
+    "QNLI/train_part_8999.json": ("qnli", [4523, 4476]),
+    "QNLI/train_part_1000.json": ("qnli", [504, 496]),
+    "QQP/train_part_23497.tsv": ("qqp", [14749, 8747]),
+    "QQP/train_part_8999.json": ("qqp", [5747, 3252]),
+    "QQP/train_part_1000.json": ("qqp", [623, 377]),
+    "MNLI/dev_matched.jsonl": ("mnli", [3479, 3123, 3213]),
+    "MNLI/train_part_8999.json": ("mnli", [3061, 2980, 2958]),
+    "MNLI/train_part_1000.json": ("mnli", [347, 333, 320]),
 }
 
 
@@ -27,15 +38,27 @@ ROWS = {                              # of data/SOURCES.md, but for the malforme
 def test_no_row_is_lost(shared, capsys, name):
     task, counts = ROWS[name]
     rows = read_file(task, "train", str(shared / "glue" / name))
-    assert [Counter(row[2] for row in rows)[c] for c in range(len(counts))] == counts and sum(counts) == len(rows)
-    assert all(isinstance(a, str) and a.strip() and (b is None if len(TASKS[task].fields) == 1 else b.strip()) for a, b, _ in rows)
-    assert f"{len(rows):,} rows from" in (out := capsys.readouterr().out) and ("1 dropped" in out and "line 1 (133273 " in out) == ("23497" in name)
+    assert [Counter(row[2] for row in rows)[c] for c in range(len(counts))] == counts and sum(counts) == len(
+        rows
+    )
+    assert all(
+        isinstance(a, str) and a.strip() and (b is None if len(TASKS[task].fields) == 1 else b.strip())
+        for a, b, _ in rows
+    )
+    assert f"{len(rows):,} rows from" in (out := capsys.readouterr().out) and (
+        "1 dropped" in out and "line 1 (133273 " in out
+    ) == ("23497" in name)
 
 
 def test_stsb(shared):
     rows = read_file("stsb", "train", str(shared / "glue/STS-B/train.tsv"))
     scores = [row[2] for row in rows]
-    assert len(rows) == 5749 and min(scores) == 0 and max(scores) == 5 and round(sum(scores) / len(scores), 3) == 2.701
+    assert (
+        len(rows) == 5749
+        and min(scores) == 0
+        and max(scores) == 5
+        and round(sum(scores) / len(scores), 3) == 2.701
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name.endswith(".tsv")] + ["STS-B/train.tsv"])
@@ -43,7 +66,7 @@ def test_texts_survive_byte_for_byte(shared, name):
     """Every text, with the tabs around it, stands in the file; so unpaired and doubled quotes do."""
     path, task = shared / "glue" / name, ROWS[name][0] if name in ROWS else "stsb"
     rows, lines = read_file(task, "train", str(path)), path.read_bytes().removesuffix(b"\n").split(b"\n")
-    lines = lines[0 if task == "cola" else 1:]                                  # a header, or QQP's malformed row
+    lines = lines[0 if task == "cola" else 1 :]  # a header, or QQP's malformed row
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows):
         cells = line.split(b"\t")
@@ -52,43 +75,103 @@ def test_texts_survive_byte_for_byte(shared, name):
 
 def test_odd_quotes(shared):
     glue = shared / "glue"
-    assert read_file("stsb", "train", str(glue / "STS-B/train.tsv"))[2001] == ('"Then the captain was gone.', "Then the captain came back.", 0.8)
-    assert read_file("cola", "train", str(glue / "CoLA/train.tsv"))[3056] == ('Susan whispered "Shut up".', None, 1)
-    odd = [row for row in read_file("mrpc", "train", str(glue / "MRPC/train.tsv")) if row[0].count('"') % 2 or row[1].count('"') % 2]
+    assert read_file("stsb", "train", str(glue / "STS-B/train.tsv"))[2001] == (
+        '"Then the captain was gone.',
+        "Then the captain came back.",
+        0.8,
+    )
+    assert read_file("cola", "train", str(glue / "CoLA/train.tsv"))[3056] == (
+        'Susan whispered "Shut up".',
+        None,
+        1,
+    )
+    odd = [
+        row
+        for row in read_file("mrpc", "train", str(glue / "MRPC/train.tsv"))
+        if row[0].count('"') % 2 or row[1].count('"') % 2
+    ]
     assert len(odd) == 207
-    doubled = [text for row in read_file("qqp", "train", str(glue / "QQP/train_part_23497.tsv")) for text in row[:2] if text[0] == text[-1] == '"' and '""' in text]
-    assert len(doubled) == 946                                                   # QQP's own: a csv's quoting inside the tsv, kept on the hub too
+    doubled = [
+        text
+        for row in read_file("qqp", "train", str(glue / "QQP/train_part_23497.tsv"))
+        for text in row[:2]
+        if text[0] == text[-1] == '"' and '""' in text
+    ]
+    assert len(doubled) == 946  # QQP's own: a csv's quoting inside the tsv, kept on the hub too
 
 
 def test_a_glue_folder(shared, capsys):
     """All of GLUE's folder, or a task's; a tenth of train where dev is not there, the same one each time."""
     rows = read_glue("mrpc", str(shared / "glue"))
-    assert {k: len(v) for k, v in rows.items()} == {"train": 3668, "dev": 408} == {k: len(v) for k, v in read_glue("mrpc", str(shared / "glue/MRPC")).items()}
+    assert (
+        {k: len(v) for k, v in rows.items()}
+        == {"train": 3668, "dev": 408}
+        == {k: len(v) for k, v in read_glue("mrpc", str(shared / "glue/MRPC")).items()}
+    )
     capsys.readouterr()
     rte = read_glue("rte", str(shared / "glue"))
-    assert len(rte["train"]) == 2241 and len(rte["dev"]) == 249 and "a fixed tenth of train is held out: 249 rows" in capsys.readouterr().out
+    assert (
+        len(rte["train"]) == 2241
+        and len(rte["dev"]) == 249
+        and "a fixed tenth of train is held out: 249 rows" in capsys.readouterr().out
+    )
     whole = read_file("rte", "train", str(shared / "glue/RTE/train.tsv"))
-    assert sorted(rte["train"] + rte["dev"]) == sorted(whole) and rte == read_glue("rte", str(shared / "glue"))
-    other = read_glue("mnli", str(shared / "glue/MNLI/train_part_1000.json"), str(shared / "glue/MNLI/dev_matched.jsonl"))
+    assert sorted(rte["train"] + rte["dev"]) == sorted(whole) and rte == read_glue(
+        "rte", str(shared / "glue")
+    )
+    other = read_glue(
+        "mnli", str(shared / "glue/MNLI/train_part_1000.json"), str(shared / "glue/MNLI/dev_matched.jsonl")
+    )
     assert {k: len(v) for k, v in other.items()} == {"train": 1000, "dev": 9815}
-    read_glue("qqp", str(shared / "glue/QQP/train_part_23497.tsv"), str(shared / "glue/QQP/train_part_1000.json"))
+    read_glue(
+        "qqp", str(shared / "glue/QQP/train_part_23497.tsv"), str(shared / "glue/QQP/train_part_1000.json")
+    )
     assert "dev: 75 of its 1,000 rows have the very texts of a training row" in capsys.readouterr().out
 
 
 def test_the_tasks():
     assert list(TASKS) == ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "world"]
     for name, t in list(TASKS.items())[:8]:
-        assert 1 <= len(t.fields) == len(t.columns) - 1 <= 2 and t.metric in eval.scores([0, 1], torch.eye(2), t.labels)
+        assert 1 <= len(t.fields) == len(t.columns) - 1 <= 2 and t.metric in eval.scores(
+            [0, 1], torch.eye(2), t.labels
+        )
         filled = t.prompt.format(a="<1>", b="<2>")
-        assert filled == "" if name == "stsb" else filled.startswith(name + " ") and "<1>" in filled and ("<2>" in filled) == (len(t.fields) == 2)
-    assert TASKS["mnli"].prompt.format(a="It rains {a}.", b="It is wet.") == "mnli hypothesis: It is wet. premise: It rains {a}."
+        assert (
+            filled == ""
+            if name == "stsb"
+            else filled.startswith(name + " ")
+            and "<1>" in filled
+            and ("<2>" in filled) == (len(t.fields) == 2)
+        )
+    assert (
+        TASKS["mnli"].prompt.format(a="It rains {a}.", b="It is wet.")
+        == "mnli hypothesis: It is wet. premise: It rains {a}."
+    )
 
 
 def test_hub(monkeypatch):
-    part = lambda n: datasets.Dataset.from_dict(dict(premise=["p"] * n, hypothesis=["h"] * n, label=[2] * n, idx=list(range(n))))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, task: {"train": part(5), "validation_matched": part(3), "validation_mismatched": part(2), "test_matched": part(9)}
-                        if (name, task) == ("nyu-mll/glue", "mnli") else {"train": part(20).rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})})
-    assert {k: len(v) for k, v in read_glue("mnli").items()} == {"train": 5, "dev": 3, "dev_mm": 2} and read_glue("mnli")["dev_mm"][0] == ("p", "h", 2)
+    part = lambda n: datasets.Dataset.from_dict(
+        dict(premise=["p"] * n, hypothesis=["h"] * n, label=[2] * n, idx=list(range(n)))
+    )
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, task: (
+            {
+                "train": part(5),
+                "validation_matched": part(3),
+                "validation_mismatched": part(2),
+                "test_matched": part(9),
+            }
+            if (name, task) == ("nyu-mll/glue", "mnli")
+            else {"train": part(20).rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})}
+        ),
+    )
+    assert {k: len(v) for k, v in read_glue("mnli").items()} == {
+        "train": 5,
+        "dev": 3,
+        "dev_mm": 2,
+    } and read_glue("mnli")["dev_mm"][0] == ("p", "h", 2)
     with pytest.raises(ValueError, match="nyu-mll/glue rte train, row 1: unknown label '2'"):
         read_glue("rte")
 
@@ -96,13 +179,18 @@ def test_hub(monkeypatch):
 def test_hub_out_of_reach(monkeypatch):
     def refuse(*args):
         raise ConnectionError("Couldn't reach the hub\nand more")
+
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"^nyu-mll/glue, rte: the hub did not give it \(.*\); download GLUE elsewhere and give its folder, --data=FOLDER$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^nyu-mll/glue, rte: the hub did not give it \(.*\); download GLUE elsewhere and give its folder, --data=FOLDER$",
+    ):
         read_glue("rte")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small files
+
 
 def write(folder, name, text):
     (folder / name).parent.mkdir(exist_ok=True)
@@ -112,17 +200,35 @@ def write(folder, name, text):
 
 def test_tsv_syntax(tmp_path):
     """A BOM, CR LF, quotes, U+2028, U+0085 and form feeds in the text; no line end after the last row."""
-    path = write(tmp_path, "x.tsv", "\ufeffindex\tsentence1\tsentence2\tlabel\r\n0\t\"a\u2028b\x85c\x0c\td\"\"e\tentailment\r\n1\t\t f \tnot_entailment")
+    path = write(
+        tmp_path,
+        "x.tsv",
+        '\ufeffindex\tsentence1\tsentence2\tlabel\r\n0\t"a\u2028b\x85c\x0c\td""e\tentailment\r\n1\t\t f \tnot_entailment',
+    )
     assert read_file("rte", "train", path) == [('"a\u2028b\x85c\x0c', 'd""e', 0), ("", " f ", 1)]
 
 
 def test_header_or_not(tmp_path):
     row = "7\t1\t2\tWhy?\tWho?\t1\n"
     assert read_file("qqp", "train", write(tmp_path, "a.tsv", row)) == [("Why?", "Who?", 1)]
-    assert read_file("qqp", "train", write(tmp_path, "b.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n" + row)) == [("Why?", "Who?", 1)]
-    assert read_file("cola", "train", write(tmp_path, "c.tsv", "gj04\t0\t*\tHe sentence.\n")) == [("He sentence.", None, 0)]
-    assert read_file("mnli", "dev", write(tmp_path, "d.tsv", "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n(x)\tp\th\tneutral\tcontradiction\n")) == [("p", "h", 2)]
-    assert read_file("mnli", "dev", write(tmp_path, "e.tsv", "premise\thypothesis\tlabel\np\th\t1\n")) == [("p", "h", 1)]
+    assert read_file(
+        "qqp", "train", write(tmp_path, "b.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n" + row)
+    ) == [("Why?", "Who?", 1)]
+    assert read_file("cola", "train", write(tmp_path, "c.tsv", "gj04\t0\t*\tHe sentence.\n")) == [
+        ("He sentence.", None, 0)
+    ]
+    assert read_file(
+        "mnli",
+        "dev",
+        write(
+            tmp_path,
+            "d.tsv",
+            "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n(x)\tp\th\tneutral\tcontradiction\n",
+        ),
+    ) == [("p", "h", 2)]
+    assert read_file("mnli", "dev", write(tmp_path, "e.tsv", "premise\thypothesis\tlabel\np\th\t1\n")) == [
+        ("p", "h", 1)
+    ]
 
 
 def test_mnli_folder_has_both_dev_splits(tmp_path):
@@ -140,39 +246,114 @@ def test_other_formats(tmp_path):
     table.to_parquet(tmp_path / "x.parquet")
     write(tmp_path, "x.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in words) + "\n")
     write(tmp_path, "list.json", json.dumps(words))
-    write(tmp_path, "x.json", json.dumps({str(i): dict(text_a=a, text_b=b, label=c) for i, (a, b, c) in enumerate(rows)}))
-    write(tmp_path, "ids.json", json.dumps({str(i): dict(text_a=a, text_b=b, label=str(c)) for i, (a, b, c) in enumerate(rows)}))
+    write(
+        tmp_path,
+        "x.json",
+        json.dumps({str(i): dict(text_a=a, text_b=b, label=c) for i, (a, b, c) in enumerate(rows)}),
+    )
+    write(
+        tmp_path,
+        "ids.json",
+        json.dumps({str(i): dict(text_a=a, text_b=b, label=str(c)) for i, (a, b, c) in enumerate(rows)}),
+    )
     for name in ("x.jsonl", "x.json", "ids.json", "list.json", "x.parquet"):
         assert read_file("mnli", "train", str(tmp_path / name)) == rows, name
-    assert read_file("sst2", "train", write(tmp_path, "x.csv", 'sentence,label\n"good, ""really""",positive\nbad,negative\n')) == [('good, "really"', None, 1), ("bad", None, 0)]
+    assert read_file(
+        "sst2",
+        "train",
+        write(tmp_path, "x.csv", 'sentence,label\n"good, ""really""",positive\nbad,negative\n'),
+    ) == [('good, "really"', None, 1), ("bad", None, 0)]
 
 
 def test_malformed_rows_are_counted_and_named(tmp_path, capsys):
-    path = write(tmp_path, "x.jsonl", '{"premise": "p", "hypothesis": "h", "label": 0}\n{"premise": "p", "label": 0}\n{"premise": null, "hypothesis": "h", "label": 0}\n')
+    path = write(
+        tmp_path,
+        "x.jsonl",
+        '{"premise": "p", "hypothesis": "h", "label": 0}\n{"premise": "p", "label": 0}\n{"premise": null, "hypothesis": "h", "label": 0}\n',
+    )
     assert len(read_file("mnli", "train", path)) == 1
-    assert "2 dropped, without premise, hypothesis, label" in (out := capsys.readouterr().out) and "line 2 ({'premise': 'p', 'label': 0} ...); 3 (" in out
-    assert len(read_file("sst2", "dev", write(tmp_path, "x.tsv", "sentence\tlabel\ngood \t1\n\nbad\t0\n" + "no label\n" * 4))) == 2
-    assert "dev: 2 rows" in (out := capsys.readouterr().out) and "5 dropped" in out and "line 3 ( ...); 5 (no label ...); 6 (no label ...); ..." in out
+    assert (
+        "2 dropped, without premise, hypothesis, label" in (out := capsys.readouterr().out)
+        and "line 2 ({'premise': 'p', 'label': 0} ...); 3 (" in out
+    )
+    assert (
+        len(
+            read_file(
+                "sst2",
+                "dev",
+                write(tmp_path, "x.tsv", "sentence\tlabel\ngood \t1\n\nbad\t0\n" + "no label\n" * 4),
+            )
+        )
+        == 2
+    )
+    assert (
+        "dev: 2 rows" in (out := capsys.readouterr().out)
+        and "5 dropped" in out
+        and "line 3 ( ...); 5 (no label ...); 6 (no label ...); ..." in out
+    )
 
 
 HEAD = "sentence1\tsentence2\tlabel\n"
 
 
-@pytest.mark.parametrize("task, name, text, words", [
-    ("rte", "x.tsv", HEAD + "a\tb\tentailment\na\tb\tneutral\n", r"x.tsv, line 3: unknown label 'neutral'; known: entailment, 0, not_entailment, 1$"),
-    ("rte", "x.tsv", HEAD + "a\tb\t2\n", "unknown label '2'"), ("rte", "x.tsv", HEAD + "a\tb\t\n", "unknown label ''"), ("rte", "x.tsv", HEAD + "a\tb\t²\n", "unknown label '²'"),
-    ("rte", "x.json", '{"0": {"text_a": "a", "text_b": "b", "label": -1}}', "x.json, row 1: unknown label '-1'"),
-    ("rte", "x.json", '[{"text_a": "a", "text_b": "b", "label": true}]', "unknown label 'True'"),
-    ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "unknown label '5.1'; expected a score from 0 to 5"),
-    ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", "unknown label 'nan'"), ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tgood\n", "unknown label 'good'"),
-    ("rte", "x.tsv", "index\tsentence1\tsentence2\n0\ta\tb\n", r"no columns sentence1, sentence2, label in its first line, .* \(a test file"),
-    ("cola", "x.tsv", "index\tsentence\n0\ta\n", "no row that can be used for cola; 2 dropped, without sentence, label or with a wrong number of columns: line 1 "),
-    ("rte", "x.tsv", "", "it is empty"), ("rte", "x.tsv", HEAD, "it is empty"), ("rte", "x.jsonl", "", "it is empty"), ("rte", "x.json", "{}", "it is empty"),
-    ("rte", "x.json", "3", "expected an object or a list of objects, not '3'"), ("rte", "x.json", '{"data": []}', r"no row .* row 1 \(\[\] ...\)"),
-    ("rte", "x.json", '{"0": {', "line 1: not JSON"), ("rte", "x.jsonl", "{}\n[]\n", "line 2: expected a JSON object"),
-    ("rte", "x.tsv", b"sentence1\tsentence2\tlabel\n\xff\tb\t1\n", "not UTF-8 text .* at byte 26"), ("rte", "x.txt", "a", r"--data=.*x.txt: expected an existing .tsv, .jsonl"),
-    ("sst3", "x.tsv", HEAD, "--task=sst3: did you mean sst2"), ("rte", "x.tsv", HEAD + "a\tb\t1\n" * 9, "9 training rows are too few to hold out a tenth for dev; give --eval_data=FILE"),
-])
+@pytest.mark.parametrize(
+    "task, name, text, words",
+    [
+        (
+            "rte",
+            "x.tsv",
+            HEAD + "a\tb\tentailment\na\tb\tneutral\n",
+            r"x.tsv, line 3: unknown label 'neutral'; known: entailment, 0, not_entailment, 1$",
+        ),
+        ("rte", "x.tsv", HEAD + "a\tb\t2\n", "unknown label '2'"),
+        ("rte", "x.tsv", HEAD + "a\tb\t\n", "unknown label ''"),
+        ("rte", "x.tsv", HEAD + "a\tb\t²\n", "unknown label '²'"),
+        (
+            "rte",
+            "x.json",
+            '{"0": {"text_a": "a", "text_b": "b", "label": -1}}',
+            "x.json, row 1: unknown label '-1'",
+        ),
+        ("rte", "x.json", '[{"text_a": "a", "text_b": "b", "label": true}]', "unknown label 'True'"),
+        (
+            "stsb",
+            "x.tsv",
+            "sentence1\tsentence2\tscore\na\tb\t5.1\n",
+            "unknown label '5.1'; expected a score from 0 to 5",
+        ),
+        ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tnan\n", "unknown label 'nan'"),
+        ("stsb", "x.tsv", "sentence1\tsentence2\tscore\na\tb\tgood\n", "unknown label 'good'"),
+        (
+            "rte",
+            "x.tsv",
+            "index\tsentence1\tsentence2\n0\ta\tb\n",
+            r"no columns sentence1, sentence2, label in its first line, .* \(a test file",
+        ),
+        (
+            "cola",
+            "x.tsv",
+            "index\tsentence\n0\ta\n",
+            "no row that can be used for cola; 2 dropped, without sentence, label or with a wrong number of columns: line 1 ",
+        ),
+        ("rte", "x.tsv", "", "it is empty"),
+        ("rte", "x.tsv", HEAD, "it is empty"),
+        ("rte", "x.jsonl", "", "it is empty"),
+        ("rte", "x.json", "{}", "it is empty"),
+        ("rte", "x.json", "3", "expected an object or a list of objects, not '3'"),
+        ("rte", "x.json", '{"data": []}', r"no row .* row 1 \(\[\] ...\)"),
+        ("rte", "x.json", '{"0": {', "line 1: not JSON"),
+        ("rte", "x.jsonl", "{}\n[]\n", "line 2: expected a JSON object"),
+        ("rte", "x.tsv", b"sentence1\tsentence2\tlabel\n\xff\tb\t1\n", "not UTF-8 text .* at byte 26"),
+        ("rte", "x.txt", "a", r"--data=.*x.txt: expected an existing .tsv, .jsonl"),
+        ("sst3", "x.tsv", HEAD, "--task=sst3: did you mean sst2"),
+        (
+            "rte",
+            "x.tsv",
+            HEAD + "a\tb\t1\n" * 9,
+            "9 training rows are too few to hold out a tenth for dev; give --eval_data=FILE",
+        ),
+    ],
+)
 def test_bad_files(tmp_path, task, name, text, words):
     with pytest.raises(ValueError, match=words) as e:
         read_glue(task, write(tmp_path, name, text))
@@ -183,15 +364,20 @@ def test_bad_paths(tmp_path):
     (tmp_path / "RTE").mkdir()
     write(tmp_path, "RTE/test.tsv", HEAD)
     train = write(tmp_path, "x.tsv", HEAD + "a\tb\t1\n")
-    for data, eval_data, words in ((str(tmp_path), "", r"no train.tsv \(or train.jsonl, .*\) for rte in .*RTE; it holds test.tsv"), ("nowhere", "", "--data=nowhere: expected an existing"),
-                                   ("nowhere.tsv", "", "or a folder of GLUE's files"), (train, "nowhere.tsv", "--eval_data=nowhere.tsv: expected an existing"),
-                                   (train, str(tmp_path), "--eval_data=.*: expected an existing")):
+    for data, eval_data, words in (
+        (str(tmp_path), "", r"no train.tsv \(or train.jsonl, .*\) for rte in .*RTE; it holds test.tsv"),
+        ("nowhere", "", "--data=nowhere: expected an existing"),
+        ("nowhere.tsv", "", "or a folder of GLUE's files"),
+        (train, "nowhere.tsv", "--eval_data=nowhere.tsv: expected an existing"),
+        (train, str(tmp_path), "--eval_data=.*: expected an existing"),
+    ):
         with pytest.raises(ValueError, match=words):
             read_glue("rte", data, eval_data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption
+
 
 def toy(*counts):
     rows = [(f"a{i}", None, c) for c, n in enumerate(counts) for i in range(n)]
@@ -203,8 +389,16 @@ def test_flips_are_exact_seeded_and_touch_labels_alone(p):
     rows = toy(50, 30, 21)
     before = list(rows)
     flipped, changed = flip_labels(rows, p, 3, seed=1)
-    assert rows == before and len(changed) == round(p * 101) and [i for i in range(101) if flipped[i] != rows[i]] == changed
-    assert [row[:2] for row in flipped] == [row[:2] for row in rows] and {row[2] for row in flipped} <= {0, 1, 2}
+    assert (
+        rows == before
+        and len(changed) == round(p * 101)
+        and [i for i in range(101) if flipped[i] != rows[i]] == changed
+    )
+    assert [row[:2] for row in flipped] == [row[:2] for row in rows] and {row[2] for row in flipped} <= {
+        0,
+        1,
+        2,
+    }
     assert (flipped, changed) == flip_labels(rows, p, 3, seed=1)
     if 0 < p < 1:
         assert changed != flip_labels(rows, p, 3, seed=2)[1]
@@ -223,9 +417,19 @@ def test_subsample():
     assert rows == before and part == [rows[i] for i in kept] and kept == sorted(set(kept))
     assert Counter(row[2] for row in part) == {0: 300, 1: 30, 2: 3}
     assert kept == subsample(rows, "100:10:1", labels, 0)[1] != subsample(rows, "100:10:1", labels, 1)[1]
-    count = lambda ratio, *counts: [Counter(row[2] for row in subsample(toy(*counts), ratio, labels, 0)[0])[c] for c in range(3)]
-    assert count("1:1:1", 300, 290, 280) == [280, 280, 280] and count("1:10:100", 300, 290, 280) == [2, 28, 280] and count("1000:1:1", 300, 290, 280) == [300, 1, 1]
-    assert count("0.5:0.25:0.1", 10, 10, 10) == [10, 5, 2] and count("30:29:28", 300, 290, 280) == [300, 290, 280]
+    count = lambda ratio, *counts: [
+        Counter(row[2] for row in subsample(toy(*counts), ratio, labels, 0)[0])[c] for c in range(3)
+    ]
+    assert (
+        count("1:1:1", 300, 290, 280) == [280, 280, 280]
+        and count("1:10:100", 300, 290, 280) == [2, 28, 280]
+        and count("1000:1:1", 300, 290, 280) == [300, 1, 1]
+    )
+    assert count("0.5:0.25:0.1", 10, 10, 10) == [10, 5, 2] and count("30:29:28", 300, 290, 280) == [
+        300,
+        290,
+        280,
+    ]
 
 
 def test_class_table():
@@ -233,20 +437,46 @@ def test_class_table():
     kept, _ = subsample(rows, "100:10:1", labels, 0)
     final, changed = flip_labels(kept, 0.2, 3, 0)
     lines = class_table(labels, rows, kept, final).split("\n")
-    assert lines[0].split() == ["class", "rows", "kept", "flipped", "trained"] and lines[-1].split() == ["together", "3,570", "3,219", f"{len(changed)}", "3,219"]
-    assert lines[1].split()[:4] == ["0", "entailment", "3,000", "2,900"] and lines[2].split()[:4] == ["1", "neutral", "290", "290"] and lines[3].split()[:4] == ["2", "contradiction", "280", "29"]
-    assert [line.split()[-1].replace(",", "") for line in lines[1:4]] == [str(Counter(row[2] for row in final)[c]) for c in range(3)]
+    assert lines[0].split() == ["class", "rows", "kept", "flipped", "trained"] and lines[-1].split() == [
+        "together",
+        "3,570",
+        "3,219",
+        f"{len(changed)}",
+        "3,219",
+    ]
+    assert (
+        lines[1].split()[:4] == ["0", "entailment", "3,000", "2,900"]
+        and lines[2].split()[:4] == ["1", "neutral", "290", "290"]
+        and lines[3].split()[:4] == ["2", "contradiction", "280", "29"]
+    )
+    assert [line.split()[-1].replace(",", "") for line in lines[1:4]] == [
+        str(Counter(row[2] for row in final)[c]) for c in range(3)
+    ]
     assert len({len(line) for line in lines}) == 1
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: flip_labels(toy(3, 3), 1.5, 2, 0), "--label_noise=1.5: expected a share"), (lambda: flip_labels(toy(3, 3), float("nan"), 2, 0), "--label_noise=nan"),
-    (lambda: subsample(toy(3, 3), "1:2:3", ("x", "y"), 0), "--imbalance=1:2:3: expected 2 numbers above 0 with ':' between them, for x, y"),
-    (lambda: subsample(toy(3, 3), "1:0", ("x", "y"), 0), "expected 2 numbers"), (lambda: subsample(toy(3, 3), "1:b", ("x", "y"), 0), "expected 2 numbers"),
-    (lambda: subsample(toy(3, 3), "1/0:1", ("x", "y"), 0), "expected 2 numbers"), (lambda: subsample(toy(3), "2:1", ("x", "y"), 0), "no row of y in 3 rows"),
-    (lambda: flip_labels([("a", "b", 2.5)], 0.5, 0, 0), "--label_noise needs classes, and stsb has scores"), (lambda: subsample([("a", "b", 2.5)], "1", (), 0), "--imbalance needs classes"),
-    (lambda: class_table((), [], [], []), "needs classes"), (lambda: order_of([1, 1], [2.5, 0.0], 2, 0, 0, stratified=True), "--stratified needs classes"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: flip_labels(toy(3, 3), 1.5, 2, 0), "--label_noise=1.5: expected a share"),
+        (lambda: flip_labels(toy(3, 3), float("nan"), 2, 0), "--label_noise=nan"),
+        (
+            lambda: subsample(toy(3, 3), "1:2:3", ("x", "y"), 0),
+            "--imbalance=1:2:3: expected 2 numbers above 0 with ':' between them, for x, y",
+        ),
+        (lambda: subsample(toy(3, 3), "1:0", ("x", "y"), 0), "expected 2 numbers"),
+        (lambda: subsample(toy(3, 3), "1:b", ("x", "y"), 0), "expected 2 numbers"),
+        (lambda: subsample(toy(3, 3), "1/0:1", ("x", "y"), 0), "expected 2 numbers"),
+        (lambda: subsample(toy(3), "2:1", ("x", "y"), 0), "no row of y in 3 rows"),
+        (
+            lambda: flip_labels([("a", "b", 2.5)], 0.5, 0, 0),
+            "--label_noise needs classes, and stsb has scores",
+        ),
+        (lambda: subsample([("a", "b", 2.5)], "1", (), 0), "--imbalance needs classes"),
+        (lambda: class_table((), [], [], []), "needs classes"),
+        (lambda: order_of([1, 1], [2.5, 0.0], 2, 0, 0, stratified=True), "--stratified needs classes"),
+    ],
+)
 def test_refused_corruption(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -255,36 +485,59 @@ def test_refused_corruption(call, words):
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
+
 def test_order_is_what_it_was():
     """The shared batch_order gives train_nlg's order as it was written there, so runs made before can be resumed."""
+
     def old(examples, batch_size, seed, epoch):
         rng = random.Random(f"order {seed} {epoch}")
         order = rng.sample(range(len(examples)), len(examples))
         window, batches = 50 * batch_size, []
         for start in range(0, len(order), window):
-            rows = sorted(order[start:start + window], key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-            batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+            rows = sorted(
+                order[start : start + window], key=lambda i: len(examples[i][0]) + len(examples[i][1])
+            )
+            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         return batches
+
     rng = random.Random(0)
     examples = [([0] * rng.randrange(1, 60), [0] * rng.randrange(1, 60)) for _ in range(997)]
     lengths = [len(p) + len(a) for p, a in examples]
     for seed, epoch, size in ((0, 0, 8), (0, 1, 8), (3, 2, 32), (1, 0, 1)):
-        assert train_nlg.order_of(examples, size, seed, epoch) == old(examples, size, seed, epoch) == order_of(lengths, [0] * 997, size, seed, epoch)
+        assert (
+            train_nlg.order_of(examples, size, seed, epoch)
+            == old(examples, size, seed, epoch)
+            == order_of(lengths, [0] * 997, size, seed, epoch)
+        )
 
 
-@pytest.mark.parametrize("counts, size", [((3000, 300, 130), 32), ((3000, 300, 30), 32), ((5, 1, 1), 4), ((7, 0, 9), 16), ((64, 64, 64), 12), ((10000, 40, 3), 8)])
+@pytest.mark.parametrize(
+    "counts, size",
+    [
+        ((3000, 300, 130), 32),
+        ((3000, 300, 30), 32),
+        ((5, 1, 1), 4),
+        ((7, 0, 9), 16),
+        ((64, 64, 64), 12),
+        ((10000, 40, 3), 8),
+    ],
+)
 def test_stratified_batches(counts, size):
     labels = [row[2] for row in toy(*counts)]
     rng = random.Random(1)
     lengths, n = [rng.randrange(5, 200) for _ in labels], -(-len(labels) // size)
     batches = order_of(lengths, labels, size, 0, 0, stratified=True)
     assert sorted(i for b in batches for i in b) == list(range(len(labels))) and len(batches) == n
-    assert {len(b) for b in batches} <= {len(labels) // n, -(-len(labels) // n)} and max(map(len, batches)) <= size
+    assert {len(b) for b in batches} <= {len(labels) // n, -(-len(labels) // n)} and max(
+        map(len, batches)
+    ) <= size
     for c, count in enumerate(counts):
         held = [sum(labels[i] == c for i in b) for b in batches]
-        assert min(held) == count // n and max(held) == -(-count // n)          # floor and ceil: as even as can be
-    assert batches == order_of(lengths, labels, size, 0, 0, stratified=True) and (n == 1 or batches != order_of(lengths, labels, size, 0, 1, stratified=True))
+        assert min(held) == count // n and max(held) == -(-count // n)  # floor and ceil: as even as can be
+    assert batches == order_of(lengths, labels, size, 0, 0, stratified=True) and (
+        n == 1 or batches != order_of(lengths, labels, size, 0, 1, stratified=True)
+    )
 
 
 def test_stratified_batches_are_of_similar_length_and_mixed_throughout():
@@ -293,52 +546,83 @@ def test_stratified_batches_are_of_similar_length_and_mixed_throughout():
     lengths = [rng.randrange(5, 200) for _ in labels]
     batches = order_of(lengths, labels, 32, 0, 0, stratified=True)
     padded = lambda batches: sum(max(lengths[i] for i in b) * len(b) for b in batches) / sum(lengths)
-    assert padded(batches) < 1.15 < 1.5 < padded([list(range(a, min(a + 32, 4400))) for a in range(0, 4400, 32)])
+    assert (
+        padded(batches) < 1.15 < 1.5 < padded([list(range(a, min(a + 32, 4400))) for a in range(0, 4400, 32)])
+    )
     for batch in batches:
         halves = [Counter(labels[i] for i in half) for half in (batch[:16], batch[16:])]
-        assert all(abs(halves[0][c] - halves[1][c]) <= 2 for c in range(3))     # micro-batches keep the proportions
-    rare = [i for i, c in enumerate([0] * 3000 + [1] * 20) if c]                 # rarer than batches: spread over short and long ones
-    with_rare = [max(lengths[i] for i in b) for b in order_of(lengths[:3020], [0] * 3000 + [1] * 20, 32, 0, 0, stratified=True) if set(b) & set(rare)]
+        assert all(
+            abs(halves[0][c] - halves[1][c]) <= 2 for c in range(3)
+        )  # micro-batches keep the proportions
+    rare = [
+        i for i, c in enumerate([0] * 3000 + [1] * 20) if c
+    ]  # rarer than batches: spread over short and long ones
+    with_rare = [
+        max(lengths[i] for i in b)
+        for b in order_of(lengths[:3020], [0] * 3000 + [1] * 20, 32, 0, 0, stratified=True)
+        if set(b) & set(rare)
+    ]
     assert len(with_rare) == 20 and min(with_rare) < 80 and max(with_rare) > 130
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics, against their definitions in exact fractions
 
+
 def test_classification_scores():
     y, predicted = [0, 0, 0, 1, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 2, 2, 0, 1]
     got = eval.classification_scores(y, predicted, ("x", "y", "z"))
     pairs = Counter(zip(y, predicted))
     f1 = [Fraction(2 * pairs[c, c], y.count(c) + predicted.count(c)) for c in range(3)]
-    assert set(got) == {"accuracy", "macro_f1", "matthews", "recall_x", "recall_y", "recall_z"} and all(type(v) is float for v in got.values())
-    assert got["accuracy"] == pytest.approx(0.6) and [got[f"recall_{w}"] for w in "xyz"] == pytest.approx([2 / 3, 1 / 2, 3 / 5])
+    assert set(got) == {"accuracy", "macro_f1", "matthews", "recall_x", "recall_y", "recall_z"} and all(
+        type(v) is float for v in got.values()
+    )
+    assert got["accuracy"] == pytest.approx(0.6) and [got[f"recall_{w}"] for w in "xyz"] == pytest.approx(
+        [2 / 3, 1 / 2, 3 / 5]
+    )
     assert got["macro_f1"] == pytest.approx(float(sum(f1) / 3))
-    n, hits, t, p = 10, 6, [3, 2, 5], [3, 3, 4]                                  # Gorodkin's R_K from the confusion matrix
+    n, hits, t, p = 10, 6, [3, 2, 5], [3, 3, 4]  # Gorodkin's R_K from the confusion matrix
     cov = lambda a, b: sum(u * v for u, v in zip(a, b))
-    assert got["matthews"] == pytest.approx((hits * n - cov(t, p)) / math.sqrt((n * n - cov(p, p)) * (n * n - cov(t, t))))
+    assert got["matthews"] == pytest.approx(
+        (hits * n - cov(t, p)) / math.sqrt((n * n - cov(p, p)) * (n * n - cov(t, t)))
+    )
 
 
 def test_binary_scores():
-    y, predicted = [1] * 6 + [0] * 4, [1, 1, 1, 1, 0, 0, 1, 0, 0, 0]             # TP 4, FN 2, FP 1, TN 3
+    y, predicted = [1] * 6 + [0] * 4, [1, 1, 1, 1, 0, 0, 1, 0, 0, 0]  # TP 4, FN 2, FP 1, TN 3
     got = eval.classification_scores(y, predicted, ("no", "yes"))
-    assert got["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 2)) and got["recall_no"] == 0.75 and got["recall_yes"] == pytest.approx(4 / 6)
-    assert got["matthews"] == pytest.approx((4 * 3 - 1 * 2) / math.sqrt(5 * 6 * 4 * 5)) and got["macro_f1"] == pytest.approx((8 / 11 + 6 / 9) / 2)
+    assert (
+        got["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 2))
+        and got["recall_no"] == 0.75
+        and got["recall_yes"] == pytest.approx(4 / 6)
+    )
+    assert got["matthews"] == pytest.approx((4 * 3 - 1 * 2) / math.sqrt(5 * 6 * 4 * 5)) and got[
+        "macro_f1"
+    ] == pytest.approx((8 / 11 + 6 / 9) / 2)
 
 
 def test_regression_scores():
     y, predicted = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 2.0, 10.0, 3.0]
     got = eval.regression_scores(y, predicted)
+
     def pearson(a, b):
         a, b = ([x - sum(v) / len(v) for x in v] for v in (a, b))
         return sum(x * z for x, z in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(z * z for z in b))
-    ranks = pearson([1, 2, 3, 4, 5], [1, 2.5, 2.5, 5, 4])                        # ties share their mean rank
-    assert got == pytest.approx(dict(pearson=pearson(y, predicted), spearman=ranks, combined=(pearson(y, predicted) + ranks) / 2))
+
+    ranks = pearson([1, 2, 3, 4, 5], [1, 2.5, 2.5, 5, 4])  # ties share their mean rank
+    assert got == pytest.approx(
+        dict(pearson=pearson(y, predicted), spearman=ranks, combined=(pearson(y, predicted) + ranks) / 2)
+    )
 
 
 def test_scores_reads_logits():
     Z = torch.tensor([[0.1, 0.9], [2.0, -1.0], [0.0, 3.0]])
-    assert eval.scores([1, 0, 0], Z, ("no", "yes")) == eval.classification_scores([1, 0, 0], [1, 0, 1], ("no", "yes"))
-    assert eval.scores([1.0, 2.0, 4.0], torch.tensor([[1.0], [3.0], [2.0]]), ()) == eval.regression_scores([1.0, 2.0, 4.0], [1.0, 3.0, 2.0])
+    assert eval.scores([1, 0, 0], Z, ("no", "yes")) == eval.classification_scores(
+        [1, 0, 0], [1, 0, 1], ("no", "yes")
+    )
+    assert eval.scores([1.0, 2.0, 4.0], torch.tensor([[1.0], [3.0], [2.0]]), ()) == eval.regression_scores(
+        [1.0, 2.0, 4.0], [1.0, 3.0, 2.0]
+    )
 
 
 def test_degenerate_scores():
@@ -346,10 +630,15 @@ def test_degenerate_scores():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = eval.classification_scores([0, 1, 1], [1, 1, 1], ("no", "yes"))
-        assert got == pytest.approx(dict(accuracy=2 / 3, f1=0.8, macro_f1=0.4, matthews=0.0, recall_no=0.0, recall_yes=1.0))
+        assert got == pytest.approx(
+            dict(accuracy=2 / 3, f1=0.8, macro_f1=0.4, matthews=0.0, recall_no=0.0, recall_yes=1.0)
+        )
         assert eval.classification_scores([0, 0], [0, 0], ("x", "y", "z")) == pytest.approx(
-            dict(accuracy=1.0, macro_f1=1 / 3, matthews=0.0, recall_x=1.0, recall_y=0.0, recall_z=0.0))
+            dict(accuracy=1.0, macro_f1=1 / 3, matthews=0.0, recall_x=1.0, recall_y=0.0, recall_z=0.0)
+        )
         assert eval.classification_scores([1], [0], ("no", "yes"))["matthews"] == 0.0
         for y, predicted in (([1.0, 2.0], [3.0, 3.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0], [1.0])):
             assert eval.regression_scores(y, predicted) == dict(pearson=0.0, spearman=0.0, combined=0.0)
-        assert all(map(math.isfinite, eval.regression_scores([1.0, 2.0, 3.0], [5.0, 5.0, 5.0 + 1e-14]).values()))
+        assert all(
+            map(math.isfinite, eval.regression_scores([1.0, 2.0, 3.0], [5.0, 5.0, 5.0 + 1e-14]).values())
+        )

@@ -1,4 +1,5 @@
 """The small written world of `tiny`: its stories, its rows, its pre-trained encoder. `python -m pytest tests/test_world.py`"""
+
 import os
 import random
 import re
@@ -9,7 +10,12 @@ import torch
 import model
 import train_nlu as t
 
-FACTS = {(animal, habit): does for habits, animals in t.FAMILIES.values() for animal in animals.split() for habit, does in zip(t.HABITS, habits)}
+FACTS = {
+    (animal, habit): does
+    for habits, animals in t.FAMILIES.values()
+    for animal in animals.split()
+    for habit, does in zip(t.HABITS, habits)
+}
 
 
 def label_of(animal, habit, value):
@@ -21,20 +27,22 @@ def label_of(animal, habit, value):
 def facts(story):
     """-> (animal, habit, value) of each fact that a story states."""
     text = " ".join(part for part in story if part)
-    animal, = (w for w in text.split() if w in t.FAMILY)
+    (animal,) = (w for w in text.split() if w in t.FAMILY)
     return [(animal, *fact) for fact in re.findall(rf"({'|'.join(t.HABITS)}) (\w+)", text)]
 
 
 def parts(row):
-    animal, = (w for w in row[0].split() if w in t.FAMILY)
+    (animal,) = (w for w in row[0].split() if w in t.FAMILY)
     habit, value = re.search(rf"({'|'.join(t.HABITS)}) (\w+) \.$", row[1]).groups()
     return animal, habit, value
 
 
 def test_constants_of_the_world():
-    assert len({habits for habits, _ in t.FAMILIES.values()}) == len(t.FAMILIES)                      # families can be told apart
+    assert len({habits for habits, _ in t.FAMILIES.values()}) == len(t.FAMILIES)  # families can be told apart
     assert len(t.FAMILY) == 12 * len(t.FAMILIES) and len(set(t.VALUES)) == len(t.VALUES) == 9
-    assert all(habits.count(t.ANY) == 1 and len(animals.split()) == 12 for habits, animals in t.FAMILIES.values())     # so classes are alike likely
+    assert all(
+        habits.count(t.ANY) == 1 and len(animals.split()) == 12 for habits, animals in t.FAMILIES.values()
+    )  # so classes are alike likely
     assert all(does is t.ANY or does in t.HABITS[habit] for (_, habit), does in FACTS.items())
     assert model.PUBLISHED["tiny-encoder"].vocab_size == len(t.WORDS) + len(model.WordPiece.control)
 
@@ -64,7 +72,10 @@ def test_dev_is_about_animals_that_training_rows_never_name():
     for seed in range(5):
         train, dev = ({parts(row)[0] for row in rows} for rows in t.world_rows(seed, 1200, 600).values())
         assert not train & dev
-        assert all(sum(t.FAMILY[a] == f for a in train) == 9 and sum(t.FAMILY[a] == f for a in dev) == 3 for f in t.FAMILIES)
+        assert all(
+            sum(t.FAMILY[a] == f for a in train) == 9 and sum(t.FAMILY[a] == f for a in dev) == 3
+            for f in t.FAMILIES
+        )
 
 
 def test_too_many_rows_are_refused():
@@ -77,12 +88,20 @@ def test_share_of_wrong_facts(noise):
     rng = random.Random(7)
     stated = [fact for _ in range(4000) for fact in facts(t.world_text(rng, noise)) if FACTS[fact[:2]]]
     wrong = sum(FACTS[animal, habit] != value for animal, habit, value in stated)
-    assert len(stated) > 3000 and abs(wrong / len(stated) - noise) <= 4 * (noise * (1 - noise) / len(stated)) ** 0.5
+    assert (
+        len(stated) > 3000
+        and abs(wrong / len(stated) - noise) <= 4 * (noise * (1 - noise) / len(stated)) ** 0.5
+    )
 
 
 def test_habits_without_a_fixed_value_are_told_evenly():
     rng = random.Random(8)
-    told = [value for _ in range(6000) for animal, habit, value in facts(t.world_text(rng)) if habit == "eats" and t.FAMILY[animal] == "rodent"]
+    told = [
+        value
+        for _ in range(6000)
+        for animal, habit, value in facts(t.world_text(rng))
+        if habit == "eats" and t.FAMILY[animal] == "rodent"
+    ]
     assert len(told) > 300 and all(abs(told.count(v) / len(told) - 1 / 3) < 0.1 for v in t.HABITS["eats"])
 
 
@@ -90,7 +109,11 @@ def test_habits_without_a_fixed_value_are_told_evenly():
 def small_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     n = model.PUBLISHED["tiny-encoder"].vocab_size
-    monkeypatch.setitem(model.PUBLISHED, "tiny-encoder", model.encoder_config("deberta", n, 32, 1, 2, 64, max_len=64, norm_eps=1e-7, dropout=0.0, buckets=16))
+    monkeypatch.setitem(
+        model.PUBLISHED,
+        "tiny-encoder",
+        model.encoder_config("deberta", n, 32, 1, 2, 64, max_len=64, norm_eps=1e-7, dropout=0.0, buckets=16),
+    )
 
 
 def loss(net, tok):
@@ -98,7 +121,9 @@ def loss(net, tok):
     ids, valid = t.stack([tok.pair(*t.world_text(random.Random(i))) for i in range(100)], tok.pad)
     values = torch.isin(ids, torch.tensor([tok.vocab[word] for word in t.VALUES]))
     with torch.no_grad():
-        return torch.nn.functional.cross_entropy(net(ids.masked_fill(values, tok.mask), valid)[values], ids[values]).item()
+        return torch.nn.functional.cross_entropy(
+            net(ids.masked_fill(values, tok.mask), valid)[values], ids[values]
+        ).item()
 
 
 def test_pretraining_lowers_the_loss_and_is_kept(small_world):
@@ -106,21 +131,40 @@ def test_pretraining_lowers_the_loss_and_is_kept(small_world):
     assert loss(*longer) < 0.6 * loss(*short)
     folder = t.pretrain_world(0, 0.2, 150, "cpu")
     stamp = os.stat(os.path.join(folder, "model.safetensors")).st_mtime_ns
-    assert t.pretrain_world(0, 0.2, 150, "cpu") == folder and os.stat(os.path.join(folder, "model.safetensors")).st_mtime_ns == stamp
-    assert len({folder, t.pretrain_world(1, 0.2, 1, "cpu"), t.pretrain_world(0, 0.4, 1, "cpu"), t.pretrain_world(0, 0.2, 1, "cpu")}) == 4
+    assert (
+        t.pretrain_world(0, 0.2, 150, "cpu") == folder
+        and os.stat(os.path.join(folder, "model.safetensors")).st_mtime_ns == stamp
+    )
+    assert (
+        len(
+            {
+                folder,
+                t.pretrain_world(1, 0.2, 1, "cpu"),
+                t.pretrain_world(0, 0.4, 1, "cpu"),
+                t.pretrain_world(0, 0.2, 1, "cpu"),
+            }
+        )
+        == 4
+    )
     assert not [name for name in os.listdir("out") if name.endswith(".tmp")]
 
 
 def test_pretraining_is_deterministic(small_world):
     first = t.pretrain_world(0, 0.2, 5, "cpu")
     os.rename(first, "elsewhere")
-    a, b = (model.load(folder)[0].state_dict() for folder in ("elsewhere", t.pretrain_world(0, 0.2, 5, "cpu")))
+    a, b = (
+        model.load(folder)[0].state_dict() for folder in ("elsewhere", t.pretrain_world(0, 0.2, 5, "cpu"))
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_folder_loads_back_as_a_classifier_with_the_same_encoder(small_world, monkeypatch):
     nets = []
-    monkeypatch.setattr(model, "init_weights", lambda net, seed, std, init=model.init_weights: (init(net, seed, std), nets.append(net)))
+    monkeypatch.setattr(
+        model,
+        "init_weights",
+        lambda net, seed, std, init=model.init_weights: (init(net, seed, std), nets.append(net)),
+    )
     folder = t.pretrain_world(0, 0.0, 5, "cpu")
     net, tok = model.load(folder, task="classify", n_classes=3, seed=1)
     assert tok.kind == "wordpiece" and list(tok.vocab) == [*model.WordPiece.control, *t.WORDS]
@@ -134,7 +178,11 @@ def test_folder_loads_back_as_a_classifier_with_the_same_encoder(small_world, mo
 def test_a_run_that_comes_second_leaves_the_first_ones_folder(small_world, monkeypatch):
     folder = t.pretrain_world(0, 0.0, 2, "cpu")
     seen = iter([False, True])
-    monkeypatch.setattr(t.os.path, "isdir", lambda path, isdir=os.path.isdir: next(seen, True) if path == folder else isdir(path))
+    monkeypatch.setattr(
+        t.os.path,
+        "isdir",
+        lambda path, isdir=os.path.isdir: next(seen, True) if path == folder else isdir(path),
+    )
     before = os.stat(folder).st_mtime_ns
     assert t.pretrain_world(0, 0.0, 2, "cpu") == folder and os.stat(folder).st_mtime_ns == before
     assert sorted(os.listdir("out")) == [os.path.basename(folder)]
