@@ -1,40 +1,43 @@
-"""BA-LoRA: the method (ICLR 2026 poster, arXiv 2408.04556v7), and the ones it is compared with.
+"""BA-LoRA: low-rank adaptation with three regularizers (ICLR 2026 poster, arXiv 2408.04556v7), and its peers.
 
-    import balora
-    report = balora.attach(net, "balora", r=16, alpha=16)        # freezes net, puts the bracket beside its linear layers
-    with balora.teacher(net): Z_P = net(ids)                     # the pre-trained network, exactly
-    total, terms = balora.loss_nlg(H_F, y, E, H_P)               # L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR
-    balora.save_adapter(net, "out/adapter")                      # a plain peft LoRA for the original checkpoint
+    L  =  L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR
 
-The idea in one line (DESIGN: "the central equation"): W stays, and the layer computes
+             classifiers (NLU)                              language models (NLG)
+    L_CR     T² KL( softmax(Z_P/T) ‖ softmax(Z_F/T) )       T² 1/M Σ_i KL( P_P(y_i|x;T) ‖ P_F(y_i|x;T) )
+    L_DR     1/D Σ_{i≠j} C(Z_F)_ij²                         1/M Σ_i Σ_{v in top-K} P'_F(v|h_i) log P'_F(v|h_i)
+    L_SVDR   - Σ_{i≤k} σ_i / Σ_j σ_j                        - Σ_{i≤k} σ̃_i / ‖Z_valid‖_F
 
-    y = W x + s (B A - B0 A0) x  =  W x + s [ΔB  B0] [A; ΔA] x          ΔA = A - A0,  ΔB = B - B0,  s = alpha / r
+Consistency (CR) holds the network near the pre-trained one, diversity (DR) keeps its outputs from collapsing,
+the SVD term (SVDR) asks for outputs of low rank. What trains is an adapter beside each frozen weight W:
 
-so the network starts as the pre-trained one, bit for bit, and *is* the pre-trained one whenever the bracket is off.
-The difference of products on the left is never computed: in 16 bits it cancels. Offsets are taken in fp32, then cast.
+    y  =  W x + s (B A - B0 A0) x  =  W x + s [ΔB  B0] [A; ΔA] x          ΔA = A - A0,  ΔB = B - B0
 
-| symbol | tensor                                    | shape    |   | symbol | tensor                                | shape  |
-|--------|-------------------------------------------|----------|---|--------|---------------------------------------|--------|
-| W      | frozen weight                             | [out,in] |   | Z_F    | logits of the network being tuned     | [M, V] |
-| A, B   | trainable factors, fp32                   | [r,in], [out,r] | | Z_P | logits of the pre-trained network    | [M, V] |
-| A0, B0 | their values at the start (B0 None: zeros)| same     |   | H, E   | hidden states, head: Z = H Eᵀ         | [M, d], [V, d] |
-| s      | alpha / r                                 | scalar   |   | R      | E = Q R, so σ(Z) = σ(H Rᵀ)            | [d, d] |
+It starts at A0, B0 as the pre-trained network, bit for bit, and with the bracket off it is that network at
+any later step, so the teacher needs no second model. The form on the right is what is computed and saved:
+in 16 bits the difference of two nearly equal products cancels.
 
-M counts the positions that *predict* a response token; of a classifier, Z is [N, D]: N examples, D classes. Where we differ from the authors'
-code and why: README. Equations are named as on the poster: CR-NLG, DR-NLG, SVDR-NLG, CR-NLU, DR-NLU, SVDR-NLU.
+    print(balora.attach(net, "balora", r=16, alpha=16))     # net: any module that holds nn.Linear layers
+    with balora.teacher(net): H_P = hidden(net, ids)        # the pre-trained network
+    total, terms = balora.loss_nlg(hidden(net, ids), y, E, H_P)
+    balora.save_adapter(net, "out/adapter")                 # a plain LoRA in peft's format
+
+    W [out, in]; A [r, in], B [out, r]     frozen weight; trained factors; s = alpha / r
+    Z_F, Z_P [N, D] or [M, V]              logits of the tuned and of the pre-trained network
+    N, D; M, V                             examples, classes; response tokens to predict, vocabulary
+    H [M, d], E [V, d]; R [d, d]           hidden states, head: Z = H Eᵀ; E = Q R, so H Rᵀ has the σ of Z
 """
 
 import difflib
 import fnmatch
-import heapq
 import json
 import math
 import os
 import re
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
@@ -43,152 +46,313 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The adapted layer
+# ---- The six regularizers, as the poster writes them ------------------------
 
 
-class LowRank(nn.Module):
-    """y = W x + b + s [ΔB  B0] [A; ΔA] x, in place of an nn.Linear whose frozen weight and bias it takes over.
+def kl(Z_P, Z_F):
+    """KL( softmax(Z_P) ‖ softmax(Z_F) ) of each row, in nats. [M, V], [M, V] -> [M]"""
+    log_P = F.log_softmax(Z_P, dim=-1)
+    log_F = F.log_softmax(Z_F, dim=-1)
+    return (log_P.exp() * (log_P - log_F)).sum(dim=-1)
 
-    A, B are fp32 parameters (A a buffer where it does not train: LoRA-FA). A0, B0 stand in W's dtype, and A, B start from exactly those values; B0 is
-    None where B starts at zero (LoRA), and then the second half is absent. `on = False` leaves y = W x + b: the pre-trained layer.
+
+def cr_nlu(Z_P, Z_F, T):
+    """Consistency (CR-NLU). Logits of teacher and student, [N, D] each -> scalar ≥ 0"""
+    # L_CR = T² · KL( softmax(Z_P / T) ‖ softmax(Z_F / T) ), mean over examples
+    return T**2 * kl(Z_P / T, Z_F / T).mean()
+
+
+def dr_nlu(Z_F):
+    """Diversity (DR-NLU). Logits [N, D], N at least 2 -> scalar ≥ 0"""
+    N, D = Z_F.shape
+    Z_centered = Z_F - Z_F.mean(dim=0)
+    # C = Z_centeredᵀ Z_centered / (N - 1)
+    C = Z_centered.T @ Z_centered / (N - 1)
+    # L_DR = 1/D Σ_{i≠j} C_ij²
+    off_diagonal = C - torch.diag(C.diag())
+    return off_diagonal.square().sum() / D
+
+
+def svdr_nlu(Z_F, k):
+    """Low rank (SVDR-NLU). Logits [N, D] -> scalar in [-1, 0); the constant -1 where k ≥ min(N, D)"""
+    sigma = singular_values(Z_F)
+    if sigma[0] == 0:
+        return Z_F.sum() * 0  # no spectrum: a constant
+    # L_SVDR = - Σ_{i≤k} σ_i / Σ_j σ_j
+    return -sigma[:k].sum() / sigma.sum()
+
+
+def cr_nlg(Z_P, Z_F, T):
+    """Consistency (CR-NLG). Logits of teacher and student, [M, V] each -> scalar ≥ 0"""
+    # L_CR = T² · 1/M Σ_i KL( P_P(y_i | x; T) ‖ P_F(y_i | x; T) )
+    return T**2 * kl(Z_P / T, Z_F / T).mean()
+
+
+def dr_nlg(Z_F, K):
+    """Diversity (DR-NLG). Logits [M, V] -> scalar in [-log K, 0]"""
+    top = Z_F.topk(min(K, Z_F.shape[-1]), dim=-1).values  # [M, K]
+    log_P = F.log_softmax(top, dim=-1)  # P' of the poster: renormalised within the top K
+    # L_DR = 1/M Σ_i Σ_{v in top-K} P'_F(v | h_i) log P'_F(v | h_i)
+    return (log_P.exp() * log_P).sum(dim=-1).mean()
+
+
+def svdr_nlg(Z_F, k, rounds=2, extra=5, seed=0):
+    """Low rank (SVDR-NLG), by randomised SVD. Logits [M, V], or H Rᵀ with the same σ -> scalar in [-√k, 0)"""
+    Z = off_mps(Z_F)
+    energy = Z.square().sum()
+    if energy == 0:
+        return Z_F.sum() * 0  # no spectrum: a constant
+    q = min(k + extra, *Z.shape)
+    with torch.no_grad():
+        generator = torch.Generator(Z.device).manual_seed(seed)  # its own: training draws nothing from it
+        Q = torch.randn(len(Z), q, generator=generator, device=Z.device, dtype=Z.dtype)
+        for _ in range(rounds + 1):
+            Q = torch.linalg.qr(Z @ (Z.T @ Q)).Q  # [M, q], orthonormal
+    # Only singular values are differentiated, so nothing divides by σ_i² - σ_j².
+    sigma = torch.linalg.svdvals(Q.T @ Z)
+    # L_SVDR = - Σ_{i≤k} σ̃_i / ‖Z‖_F
+    return (-sigma[:k].sum() / energy.sqrt()).to(Z_F.device)
+
+
+def singular_values(Z):
+    """σ of a matrix, falling. [m, n] -> [min(m, n)]"""
+    return torch.linalg.svdvals(off_mps(Z)).to(Z.device)
+
+
+def off_mps(Z):
+    """Z, on the CPU if it is on MPS, which has neither SVD nor QR."""
+    return Z.cpu() if Z.device.type == "mps" else Z
+
+
+# ---- The two objectives -----------------------------------------------------
+
+
+def loss_nlu(Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, **cross_entropy):
+    """L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR for a classifier -> total, {term: value, None if it cannot act}
+
+    Z_F, Z_P [N, D]: logits of student and teacher. y [N]: class ids, or scores where D = 1 (squared error).
+    SVDR takes at most min(N, D) - 1 singular values: with all of them it would be the constant -1.
     """
-
-    def __init__(self, linear, A0, B0, s, train_A=True):
-        super().__init__()
-        self.weight, self.bias, self.s, self.on = linear.weight, linear.bias, s, True
-        zeros = A0.new_zeros(linear.out_features, A0.shape[0])
-        self.register_buffer("A0", None if B0 is None else A0.to(linear.weight.dtype))
-        self.register_buffer("B0", None if B0 is None else B0.to(linear.weight.dtype))
-        A = (A0 if B0 is None else self.A0).to(torch.float32, copy=True)
-        if train_A:
-            self.A = nn.Parameter(A)
-        else:
-            self.register_buffer("A", A)
-        self.B = nn.Parameter((zeros if B0 is None else self.B0).to(torch.float32, copy=True))
-
-    def bracket(self):
-        """-> s [ΔB  B0] [out, 2r], [A; ΔA] [2r, in] in fp32 (s B and A where B0 is zero)."""
-        if self.B0 is None:
-            return self.s * self.B, self.A
-        return self.s * torch.cat([self.B - self.B0, self.B0.float()], dim=1), torch.cat(
-            [self.A, self.A - self.A0], dim=0
-        )
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        if self.B0 is None:
-            return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.s * self.B).to(x.dtype))
-        return y + Bracket.apply(x, self.A, self.B, *(t.detach().to(x.dtype) for t in self.bracket()), self.s)
-
-    def merged(self):
-        """-> nn.Linear with W + s [ΔB B0] [A; ΔA], summed in fp32 and rounded once."""
-        B, A = self.bracket()
-        return plain_linear((self.weight.float() + B @ A).to(self.weight.dtype), self.bias)
+    lambda1, lambda2, lambda3 = lambdas
+    Z_F = Z_F.float()
+    N, D = Z_F.shape
+    if y.is_floating_point():
+        task = F.mse_loss(Z_F[:, 0], y)
+    else:
+        task = F.cross_entropy(Z_F, y, **cross_entropy)
+    cr = dr = svdr = 0.0
+    terms = dict(task=task.detach(), cr=None, dr=None, svdr=None)
+    if Z_P is not None and D > 1:
+        cr = cr_nlu(Z_P.float(), Z_F, T)
+        terms["cr"] = cr.detach()
+    if min(N, D) > 1:
+        dr = dr_nlu(Z_F)
+        svdr = svdr_nlu(Z_F, min(k, min(N, D) - 1))
+        terms.update(dr=dr.detach(), svdr=svdr.detach())
+    total = task + lambda1 * cr + lambda2 * dr + lambda3 * svdr
+    return total, terms
 
 
-class Bracket(torch.autograd.Function):
-    """s [ΔB B0] [A; ΔA] x, whose gradients for A and B are those of s B A x: rank r in the backward pass, where autograd would take 2r."""
+def loss_nlg(
+    H_F, y, E, H_P=None, R=None, E_P=None, lambdas=(0.025, 0.005, 0.005), T=2.0, K=20, k=10, **cross_entropy
+):
+    """L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR for a language model -> total, {term: value; CR may be None}
 
-    @staticmethod
-    def forward(ctx, x, A, B, sBB, AA, s):  # sBB = s [ΔB B0], AA = [A; ΔA], cast
-        u = F.linear(x, AA)  # [..., 2r]
-        ctx.s, ctx.r = s, A.shape[0]
-        ctx.save_for_backward(x, u[..., : ctx.r].contiguous(), sBB, AA)
-        return F.linear(u, sBB)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, Ax, sBB, AA = ctx.saved_tensors
-        g, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        v = g @ sBB  # s g [ΔB B0]; its halves add up to s g B
-        grad_A = (v[:, : ctx.r] + v[:, ctx.r :]).T @ x2  # (s Bᵀ gᵀ) x
-        grad_B = ctx.s * (g.T @ Ax.reshape(-1, ctx.r))  # s gᵀ (A x)
-        grad_x = (v @ AA).view_as(x) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_A.float(), grad_B.float(), None, None, None
+    H_F, H_P [M, d]: hidden states of student and teacher at the positions that predict the tokens y [M].
+    E, E_P [V, d]: their heads, E_P = E unless E trains. R: head_factor(E), computed once while E is frozen.
+    """
+    lambda1, lambda2, lambda3 = lambdas
+    R = head_factor(E) if R is None else R
+    E_P = E if E_P is None else E_P
+    task, cr, dr, carrier = token_losses(H_F, y, E, H_P, E_P, lambdas, T, K, **cross_entropy)
+    svdr = svdr_nlg(F.linear(H_F.float(), R), k)
+    total = task + lambda1 * cr + lambda2 * dr + lambda3 * svdr
+    terms = {"task": task, "cr": None if H_P is None else cr, "dr": dr, "svdr": svdr.detach()}
+    return total + carrier, terms
 
 
-class DoRA(LowRank):
-    """y = m/n ∘ (W + s B A) x + b: m [out] trains beside A and B, n [out] are the row norms of W + s B A, constant in the backward pass (Liu et al. 2024, §4.3).
+def token_losses(H_F, y, E, H_P, E_P, lambdas, T, K, **cross_entropy):
+    """-> values of task loss, CR and DR, and a zero that carries their weighted gradient"""
+    # The logits of all rows, [M, V], would not fit in memory. They are made for a chunk of rows at a time,
+    # and each chunk's gradient is taken at once; `carrier` hands it on to the backward pass.
+    learning = torch.is_grad_enabled() and (H_F.requires_grad or E.requires_grad)
+    head = [E] if learning and E.requires_grad else []
+    gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (H_F, *head)]
+    values = torch.zeros(3, device=H_F.device)
+    for start in range(0, len(y), chunk_rows(H_F.device)):
+        rows = slice(start, start + chunk_rows(H_F.device))
+        H = H_F[rows].detach().requires_grad_(learning)
+        Z_P = None if H_P is None else F.linear(H_P[rows], E_P).detach().float()
+        task, cr, dr = token_terms(H, y[rows], E, Z_P, T, K, **cross_entropy)
+        share = len(H) / len(y)  # the terms are means over all M rows
+        values += share * torch.stack([task, cr, dr]).detach()
+        if learning:
+            weighted = share * (task + lambdas[0] * cr + lambdas[1] * dr)
+            of_H, *of_E = torch.autograd.grad(weighted, [H, *head])
+            gradients[0][rows] = of_H
+            for gradient in of_E:
+                gradients[1] += gradient
+    carrier = (H_F.float() * gradients[0]).sum()
+    if head:
+        carrier = carrier + (E.float() * gradients[1]).sum()
+    return *values, carrier - carrier.detach()
 
-    One magnitude for each output row, as in the authors' code. Computed as W x + b + (m/n - 1) W x + m/n s B A x, so that step 0, m = n and B = 0, changes no bit.
+
+def token_terms(H_F, y, E, Z_P, T, K, **cross_entropy):
+    """Task loss, CR (0 without the teacher's logits) and DR of some rows, each a mean over them."""
+    Z_F = F.linear(H_F, E).float()  # [rows, V]
+    task = F.cross_entropy(Z_F, y, **cross_entropy)
+    cr = Z_F.new_zeros(()) if Z_P is None else cr_nlg(Z_P, Z_F, T)
+    return task, cr, dr_nlg(Z_F, K)
+
+
+def chunk_rows(device):
+    """Rows of logits in memory at a time."""
+    return 64 if torch.device(device).type == "cpu" else 1024
+
+
+def head_factor(E):
+    """R [d, d] of E = Q R, fp32: Q is orthonormal, so Z = H Eᵀ and H Rᵀ have the same singular values."""
+    return torch.linalg.qr(off_mps(E).float()).R.to(E.device)
+
+
+def lambda_schedule(step, max_iters, lambdas):
+    """The authors': λ1 falls by cosine to a tenth; λ2, λ3 are 0 for 20 % of the steps and rise for 5 %."""
+    p = step / max_iters
+    fall = 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2
+    rise = min(max((p - 0.20) / 0.05, 0.0), 1.0)
+    return lambdas[0] * fall, lambdas[1] * rise, lambdas[2] * rise
+
+
+def lr_schedule(step, max_iters, warmup, linear=False):
+    """Factor on the rate: it rises for the share `warmup` of steps, then falls to 0 by cosine or linearly."""
+    n = warmup * max_iters
+    if step < n:
+        return (step + 1) / (n + 1)
+    p = (step - n) / max(max_iters - n, 1)
+    return 1 - p if linear else 0.5 * (1 + math.cos(math.pi * p))
+
+
+# ---- The adapted layers -----------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """y = W x + b + s B A x, in place of an nn.Linear whose W [out, in] and b stay frozen (Hu et al. 2021).
+
+    A [r, in] and B [out, r] train in fp32. With `on` = False the pre-trained layer is back.
     """
 
     def __init__(self, linear, A0, B0, s):
-        super().__init__(linear, A0, None, s)
-        self.register_buffer("square", self.weight.float().square().sum(1))  # ‖w‖² of each row, [out]
-        self.m = nn.Parameter(self.norms().clone())
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.A = nn.Parameter(A0.float().clone(memory_format=torch.contiguous_format))
+        self.B = nn.Parameter(B0.float().clone(memory_format=torch.contiguous_format))
+        self.s, self.on = s, True
+
+    def factors(self):
+        """-> left [out, r], right [r, in], fp32: the layer adds left @ right to W."""
+        return self.s * self.B, self.A
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.on:
+            left, right = self.factors()
+            y = y + F.linear(F.linear(x, right.to(x.dtype)), left.to(x.dtype))
+        return y
+
+    @torch.no_grad()
+    def merged(self, ratio=1.0):
+        """-> nn.Linear with ratio * (W + left @ right), in fp32 and rounded once."""
+        left, right = self.factors()
+        weight = (ratio * (self.weight.float() + left @ right)).to(self.weight.dtype)
+        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
+
+
+class Anchored(LoRA):
+    """y = W x + b + s (B A - B0 A0) x = W x + b + s [ΔB  B0] [A; ΔA] x: LoRA from a start other than zero."""
+
+    def __init__(self, linear, A0, B0, s):
+        A0, B0 = A0.to(linear.weight.dtype), B0.to(linear.weight.dtype)
+        super().__init__(linear, A0, B0, s)
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+
+    def factors(self):
+        left = torch.cat([self.B - self.B0, self.B0.float()], dim=1)  # [out, 2r]
+        right = torch.cat([self.A, self.A - self.A0], dim=0)  # [2r, in]
+        return self.s * left, right
+
+
+class LoRAFA(LoRA):
+    """LoRA whose A stays as drawn (Zhang et al. 2023): a buffer, so that checkpoints hold it."""
+
+    def __init__(self, linear, A0, B0, s):
+        super().__init__(linear, A0, B0, s)
+        self.register_buffer("A", self._parameters.pop("A").detach())
+
+
+class DoRA(LoRA):
+    """y = m/n ∘ (W + s B A) x + b; m [out] trains, the row norms n have no gradient (Liu et al. 2024)."""
+
+    def __init__(self, linear, A0, B0, s):
+        super().__init__(linear, A0, B0, s)
+        self.register_buffer("square", self.weight.detach().float().square().sum(dim=1))  # of W's rows, [out]
+        self.m = nn.Parameter(self.norms())
 
     @torch.no_grad()
     def norms(self):
-        """n² = ‖w‖² + 2 s b·(A w) + s² b A Aᵀ bᵀ for each row w of W and b of B, so nothing of size out × in is made. -> n [out], fp32, at least 1e-8."""
-        sB, A = self.s * self.B, self.A
+        """n² = ‖w‖² + 2 s b·(A w) + s² b A Aᵀ bᵀ of rows w of W and b of B; nothing of W's size is made."""
+        left, A = self.factors()
         WA = F.linear(A.to(self.weight.dtype), self.weight).float()  # [r, out]
-        return (self.square + 2 * (sB * WA.T).sum(1) + (sB @ (A @ A.T) * sB).sum(1)).clamp_min(1e-16).sqrt()
+        change = 2 * (left * WA.T).sum(dim=1) + (left @ (A @ A.T) * left).sum(dim=1)
+        return (self.square + change).clamp_min(1e-16).sqrt()
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        ratio, Wx = self.m / self.norms(), y if self.bias is None else y - self.bias
-        BAx = F.linear(F.linear(x, self.A.to(x.dtype)), (self.s * self.B).to(x.dtype))
-        return y + (ratio - 1).to(x.dtype) * Wx + ratio.to(x.dtype) * BAx
+        y = super().forward(x)  # W x + b + s B A x
+        if self.on:  # at the start m = n: no bit changes
+            Vx = y if self.bias is None else y - self.bias
+            y = y + (self.m / self.norms() - 1).to(x.dtype) * Vx
+        return y
 
     def merged(self):
-        """-> nn.Linear with diag(m/n) (W + s B A), in fp32, rounded once."""
-        V = self.weight.float() + self.s * self.B @ self.A
-        return plain_linear(((self.m / self.norms())[:, None] * V).to(self.weight.dtype), self.bias)
+        return super().merged((self.m.detach() / self.norms())[:, None])
 
 
-class AdaLoRA(nn.Module):
-    """y = W x + b + s B (E ∘ A x), s = alpha / r0: r0 triplets of which `allocate` keeps the important ones by zeroing entries of E [r0] (Zhang et al. 2023).
-
-    E starts at zero. The averages of sensitivity I and of its uncertainty U, of A, B and E, are buffers.
-    """
+class AdaLoRA(LoRA):
+    """y = W x + b + s B (E ∘ A x); `allocate` sets entries of E [r] to zero (Zhang et al. 2023)."""
 
     def __init__(self, linear, A0, B0, s):
-        super().__init__()
-        self.weight, self.bias, self.s, self.on = linear.weight, linear.bias, s, True
-        self.A, self.B = nn.Parameter(A0.float()), nn.Parameter(B0.float())
+        super().__init__(linear, A0, B0, s)
         self.E = nn.Parameter(torch.zeros_like(self.A[:, 0]))
-        for name in "ABE":
+        for name in "ABE":  # averages of each number's sensitivity, and of the uncertainty of that
             self.register_buffer(f"I_{name}", torch.zeros_like(getattr(self, name)))
             self.register_buffer(f"U_{name}", torch.zeros_like(getattr(self, name)))
 
-    def bracket(self):
-        """-> s B E [out, r0], A [r0, in], fp32."""
+    def factors(self):
         return self.s * self.B * self.E, self.A
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        B, A = self.bracket()
-        return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-
-    merged = LowRank.merged
 
     @torch.no_grad()
     def observe(self, beta):
-        """After an optimizer step, with its gradients still there: I ← β I + (1-β) |p ∂L/∂p|, U ← β U + (1-β) | |p ∂L/∂p| - I |."""
+        """Update I and U after an optimizer step, while its gradients are still there."""
         for name in "ABE":
-            p, I, U = (getattr(self, prefix + name) for prefix in ("", "I_", "U_"))
-            now = (p * p.grad).abs()
-            I.lerp_(now, 1 - beta)
-            U.lerp_((now - I).abs(), 1 - beta)
+            p = getattr(self, name)
+            I = getattr(self, f"I_{name}")
+            # I ← β I + (1 - β) |p ∂L/∂p|        U ← β U + (1 - β) | |p ∂L/∂p| - I |
+            sensitivity = (p * p.grad).abs()
+            I.lerp_(sensitivity, 1 - beta)
+            getattr(self, f"U_{name}").lerp_((sensitivity - I).abs(), 1 - beta)
 
     def importance(self):
-        """-> [r0]: I U of a triplet's entry of E, plus its means over the row of A and the column of B."""
-        return self.I_E * self.U_E + (self.I_A * self.U_A).mean(1) + (self.I_B * self.U_B).mean(0)
+        """I U of a triplet's entry of E, plus the means of I U over its row of A and column of B -> [r]"""
+        of_A = (self.I_A * self.U_A).mean(dim=1)
+        of_B = (self.I_B * self.U_B).mean(dim=0)
+        return self.I_E * self.U_E + of_A + of_B
 
 
 class Houlsby(nn.Module):
-    """h + f(h) with h = inner(x), the dropout that ends attention or MLP; f(h) = Up SiLU(Down h) (Houlsby et al. 2019; SiLU as in AdaLoRA's comparison).
-
-    Down [r, d] and Up [d, r] have biases and are fp32. Up starts at zero, so step 0 is the pre-trained network.
-    """
+    """h + Up SiLU(Down h) behind a dropout h = inner(x) (Houlsby et al. 2019; SiLU as in AdaLoRA's code)."""
 
     act = staticmethod(F.silu)
 
@@ -196,13 +360,13 @@ class Houlsby(nn.Module):
         super().__init__()
         self.inner, self.on = inner, True
         self.down = nn.Parameter(torch.empty(r, d, device=rng.device).normal_(0, 0.02, generator=rng))
-        self.down_bias, self.up, self.up_bias = (nn.Parameter(torch.zeros(size)) for size in (r, (d, r), d))
+        self.down_bias = nn.Parameter(torch.zeros(r))
+        self.up = nn.Parameter(torch.zeros(d, r))  # zero: it starts as the pre-trained network
+        self.up_bias = nn.Parameter(torch.zeros(d))
 
     def f(self, h):
-        down, down_bias, up, up_bias = (
-            p.to(h.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)
-        )
-        return F.linear(self.act(F.linear(h, down, down_bias)), up, up_bias)
+        z = self.act(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
+        return F.linear(z, self.up.to(h.dtype), self.up_bias.to(h.dtype))
 
     def forward(self, x):
         h = self.inner(x)
@@ -210,7 +374,7 @@ class Houlsby(nn.Module):
 
 
 class Pfeiffer(Houlsby):
-    """LN( f(LN u) + u ) in place of the MLP's LN u, u = h + x, the same frozen LN twice; f(z) = Up ReLU(Down z) (Pfeiffer et al. 2021)."""
+    """LN( f(LN u) + u ) in place of the MLP's LN u; f(z) = Up ReLU(Down z) (Pfeiffer et al. 2021)."""
 
     act = staticmethod(F.relu)
 
@@ -220,7 +384,7 @@ class Pfeiffer(Houlsby):
 
 
 class BiasOffset(nn.Module):
-    """y = inner(x) + Δb beside a linear layer or a LayerNorm; Δb [out] is fp32 and starts at zero (BitFit, Ben Zaken et al. 2022)."""
+    """y = inner(x) + Δb; Δb [out], in fp32, starts at zero (BitFit, Ben Zaken et al. 2022)."""
 
     def __init__(self, inner):
         super().__init__()
@@ -231,366 +395,294 @@ class BiasOffset(nn.Module):
         y = self.inner(x)
         return y + self.offset.to(y.dtype) if self.on else y
 
+    @torch.no_grad()
     def merged(self):
-        """-> the inner layer with b + Δb, summed in fp32 and rounded once."""
-        self.inner.bias = nn.Parameter(
-            (self.inner.bias.float() + self.offset).to(self.inner.bias.dtype), requires_grad=False
-        )
+        b = self.inner.bias
+        self.inner.bias = nn.Parameter((b.float() + self.offset).to(b.dtype), requires_grad=False)
         return self.inner
 
 
-def plain_linear(weight, bias):
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    linear.bias = bias
-    return linear
+# ---- Starts: (W [out, in], r, s, rng, what was measured, the method's options) -> A0 [r, in], B0 [out, r]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Initialisations: (W [out, in], r, s, rng, stat=what `statistics` found, ...) -> A0 [r, in], B0 [out, r] or None for zeros
-
-
-def init_lora(W, r, s, rng, **_):
+def init_lora(W, r, s, rng, measured=None, **_):
     """A ~ U(-1/√in, 1/√in), B = 0 (Hu et al. 2021)."""
     bound = 1 / math.sqrt(W.shape[1])
-    return torch.empty(r, W.shape[1], device=rng.device).uniform_(-bound, bound, generator=rng).to(
-        W.device
-    ), None
+    A0 = torch.empty(r, W.shape[1], device=W.device).uniform_(-bound, bound, generator=rng)
+    return A0, torch.zeros(W.shape[0], r, device=W.device)
 
 
-def init_pissa(W, r, s, rng, niter=10, oversample=8, **_):
-    """The r largest singular triplets: A0 = √(S/s) Vᵀ, B0 = U √(S/s), so that s B0 A0 is W's best rank-r part (Meng et al. 2024)."""
+def init_adalora(W, r, s, rng, measured=None, **_):
+    """A, B ~ N(0, 0.02²); it is E that makes the start zero (Zhang et al. 2023)."""
+    A0 = torch.empty(r, W.shape[1], device=W.device).normal_(0, 0.02, generator=rng)
+    B0 = torch.empty(W.shape[0], r, device=W.device).normal_(0, 0.02, generator=rng)
+    return A0, B0
+
+
+def init_pissa(W, r, s, rng, measured=None, niter=10, oversample=8):
+    """The r largest singular triplets: s B0 A0 is W's best approximation of rank r (Meng et al. 2024)."""
     return split(*top_svd(W.float(), r, niter, oversample, rng), s)
 
 
-def top_svd(W, r, niter, oversample, rng):
-    """The r largest singular triplets of W [out, in], fp32 -> U [out, r], S [r], Vt [r, in].
-
-    niter 0: exact. Otherwise subspace iteration (Halko et al. 2011) on r + oversample directions, on the
-    Gram matrix of W's smaller side, so a round costs one small product and one thin QR. Random start from `rng`.
-    """
-    home, W = W.device, W.to(rng.device)
-    if niter == 0 or r + oversample >= min(W.shape):
-        U, S, Vt = (t.to(home) for t in exact_svd(W, rng))
-        return U[:, :r], S[:r], Vt[:r]
-    wide = W.shape[0] < W.shape[1]
-    tall = W.T if wide else W  # [m, n], n ≤ m
-    a, b = tall.chunk(2, dim=1)
-    ab = a.T @ b
-    gram = torch.cat(
-        [torch.cat([a.T @ a, ab], 1), torch.cat([ab.T, b.T @ b], 1)]
-    )  # tallᵀ tall [n, n], its symmetric half computed once
-    Q = torch.randn(gram.shape[0], r + oversample, generator=rng, device=rng.device)
-    for _ in range(niter):
-        Q = torch.linalg.qr(gram @ Q).Q
-    P, R = torch.linalg.qr(tall @ Q)  # tall ≈ tall Q Qᵀ = P R Qᵀ
-    U, S, Vt = torch.linalg.svd(R)
-    U, S, Vt = (P @ U[:, :r]).to(home), S[:r].to(home), (Vt[:r] @ Q.T).to(home)
-    return (Vt.T, S, U.T) if wide else (U, S, Vt)
-
-
-def init_milora(W, r, s, rng, **_):
+def init_milora(W, r, s, rng, measured=None):
     """The r smallest singular triplets, by the exact SVD (Wang et al. 2024)."""
-    U, S, Vt = exact_svd(W, rng)
+    U, S, Vt = torch.linalg.svd(W.float(), full_matrices=False)
     return split(U[:, -r:], S[-r:], Vt[-r:], s)
 
 
-def init_adalora(W, r, s, rng, **_):
-    """A, B ~ N(0, 0.02²); what makes the start zero is E (Zhang et al. 2023)."""
-    draw = lambda *shape: torch.empty(shape, device=rng.device).normal_(0, 0.02, generator=rng).to(W.device)
-    return draw(r, W.shape[1]), draw(W.shape[0], r)
-
-
-def init_lora_ga(W, r, s, rng, stat=None, gamma=16.0, **_):
-    """From the gradient G = ∂L/∂W (stat) = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ; no singular value enters (Wang et al. 2024, "stable").
-
-    With it the first step's change of s B A is the best rank-2r approximation of G. Needs 2r ≤ min(out, in). The randomised SVD is the authors'
-    (not `top_svd`, whose Gram matrix would lose what is below 1e-3 of σ_1: a gradient's spectrum falls faster than a weight's).
-    """
-    with torch.random.fork_rng([rng.device] if rng.device.type == "cuda" else []):
+def init_lora_ga(W, r, s, rng, G, gamma=16.0):
+    """Of the gradient G = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ (Wang et al. 2024)."""
+    # Not by top_svd: its Gram matrix loses what lies below 1e-3 of σ_1, and a gradient's spectrum falls fast.
+    with torch.random.fork_rng([W.device] if W.is_cuda else []):
         torch.manual_seed(torch.randint(2**31, (1,), generator=rng, device=rng.device).item())
-        U, _, V = torch.svd_lowrank(stat.to(rng.device), q=min(4 * r, *W.shape), niter=4)
+        U, _, V = torch.svd_lowrank(G.to(W.device), q=min(4 * r, *W.shape), niter=4)
     c = W.shape[0] ** 0.25 / math.sqrt(gamma)
-    return c * V[:, :r].T.to(W.device), c * U[:, r : 2 * r].to(W.device)
+    return c * V[:, :r].T, c * U[:, r : 2 * r]
 
 
-def init_corda(W, r, s, rng, stat=None, keep="first", damping=None, **_):
-    """From the inputs' covariance C (stat): W C̃ = U S Qᵀ, Vᵀ = Qᵀ C̃⁻¹; the first r triplets (IPM: adapt what the inputs use) or the last r (KPM: leave that alone)
-    (Yang et al. 2024). C = I gives PiSSA and MiLoRA. damping: a list that takes the share of the damping, see `damp`."""
-    U, S, Vt, share = context_svd(W, stat, rng)
-    if damping is not None:
-        damping.append(share)
-    part = slice(None, r) if keep == "first" else slice(-r, None)
-    return split(U[:, part], S[part], Vt[part], s)
+def init_corda(W, r, s, rng, covariance, keep="first", **_):
+    """Triplets of W C̃ = U S Qᵀ with Vᵀ = Qᵀ C̃⁻¹, C̃ the inputs' damped covariance (Yang et al. 2024)."""
+    damped, inverse, _ = covariance
+    U, S, Qt = torch.linalg.svd(W.float() @ damped, full_matrices=False)
+    part = slice(None, r) if keep == "first" else slice(-r, None)  # what inputs use (IPM) or not (KPM)
+    return split(U[:, part], S[part], Qt[part] @ inverse, s)
 
 
 def split(U, S, Vt, s):
-    """s B0 A0 = U S Vᵀ, the singular values shared evenly."""
+    """s B0 A0 = U S Vᵀ, each factor taking the root of the singular values."""
     root = (S / s).sqrt()
     return root[:, None] * Vt, U * root
 
 
-def exact_svd(W, rng):
-    return tuple(t.to(W.device) for t in torch.linalg.svd(W.float().to(rng.device), full_matrices=False))
+def top_svd(W, r, niter, oversample, rng):
+    """The r largest singular triplets of W [out, in]; niter 0: exactly -> U [out, r], S [r], Vt [r, in]"""
+    if niter == 0 or r + oversample >= min(W.shape):
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], S[:r], Vt[:r]
+    if W.shape[0] < W.shape[1]:
+        U, S, Vt = top_svd(W.T, r, niter, oversample, rng)
+        return Vt.T, S, U.T
+    # Subspace iteration (Halko et al. 2011) with Wᵀ W: a round is one small product and one thin QR.
+    left, right = W.chunk(2, dim=1)
+    cross = left.T @ right  # one of two blocks of Wᵀ W that are each other's transposes
+    gram = torch.cat([torch.cat([left.T @ left, cross], 1), torch.cat([cross.T, right.T @ right], 1)])
+    Q = torch.randn(len(gram), r + oversample, generator=rng, device=W.device)
+    for _ in range(niter):
+        Q = torch.linalg.qr(gram @ Q).Q
+    P, R = torch.linalg.qr(W @ Q)  # W ≈ W Q Qᵀ = P R Qᵀ, and R is small
+    U, S, Vt = torch.linalg.svd(R)
+    return P @ U[:, :r], S[:r], Vt[:r] @ Q.T
 
 
-def context_svd(W, C, rng):
-    """-> U, S of W C̃, and Vᵀ = Qᵀ C̃⁻¹, so that U S Vᵀ = W; the share of C's damping."""
-    damped, inverse, share = damp(C.to(rng.device).float())
-    U, S, Qt = exact_svd(W.float().to(rng.device) @ damped, rng)
-    return U.to(W.device), S.to(W.device), (Qt @ inverse).to(W.device), share
+# ---- What two starts measure first, while calibrate(round) runs the model on some rows, one at a time
 
 
-def damp(C, share=0.01):
-    """C̃ = C + share · mean(diag C) · I, the share doubled until C̃ C̃⁻¹ is I to 0.05. [in, in] -> C̃, C̃⁻¹, share. Raises ValueError where nothing helps."""
+def gradients(model, name, found):
+    """Let backward passes add up G = ∂L/∂W of a layer in found[name], fp32 on the CPU -> hook"""
+
+    def take(weight):
+        found[name] = found.get(name, 0) + weight.grad.float().cpu()
+        weight.grad = None
+
+    weight = model.get_submodule(name).weight.requires_grad_(True)
+    return weight.register_post_accumulate_grad_hook(take)
+
+
+def covariances(model, name, found):
+    """Let forward passes of x [1, L, in] average C = x̃ᵀ x̃, x̃ = x / |max x|, in found[name] -> hook"""
+    calls = 0
+
+    def take(module, arguments):
+        nonlocal calls
+        x = arguments[0].detach()
+        if x.dim() != 3:  # DeBERTa's projections read positions, too; they do not count
+            return
+        x = x.flatten(0, 1).float()
+        x = x / x.max().abs()
+        calls += 1
+        mean = found.get(name, 0)
+        found[name] = mean + (x.T @ x - mean) / calls
+
+    return model.get_submodule(name).register_forward_pre_hook(take)
+
+
+GROUP = 4 * 2**30  # bytes of statistics held at a time, about
+
+
+def statistics(model, names, kind, calibrate, round=0, room=GROUP):
+    """Yield (layer's name, its statistic) of a frozen model, for groups of layers of about `room` bytes."""
+    groups = {}
+    used = 0
+    for name in names:
+        rows, columns = model.get_submodule(name).weight.shape
+        groups.setdefault(used // room, []).append(name)
+        used += 4 * columns * (rows if kind is gradients else columns)
+    for group in groups.values():
+        found = {}
+        hooks = [kind(model, name, found) for name in group]
+        try:
+            with evaluating(model), torch.set_grad_enabled(kind is gradients):  # dropout would blur it
+                calibrate(round)
+        finally:
+            model.requires_grad_(False)
+            for hook in hooks:
+                hook.remove()
+        for name in group:
+            if name not in found:
+                raise ValueError(
+                    f"calibration: nothing reached {name}; does calibrate run the model (backward)?"
+                )
+            yield name, found.pop(name)
+
+
+@contextmanager
+def evaluating(model):
+    """Within it `model` is in eval mode; afterwards, each module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def damp(C, name="a layer", share=0.01):
+    """C̃ = C + share · mean(diag C) · I, the share doubled until C̃ C̃⁻¹ is I to 0.05 -> C̃, C̃⁻¹, share"""
+    C = off_mps(C)
     I = torch.eye(len(C), device=C.device)
-    for _ in range(12 if C.isfinite().all() and C.diag().mean() > 0 else 0):
+    while C.isfinite().all() and C.diag().mean() > 0 and share < 50:
         damped = C + share * C.diag().mean() * I
         inverse = torch.linalg.inv_ex(damped).inverse
         if (damped @ inverse - I).norm() < 0.05:
             return damped, inverse, share
         share *= 2
-    raise ValueError(
-        "the covariance of its inputs is zero or not finite, or cannot be inverted; look at the calibration rows"
-    )
+    raise ValueError(f"{name}: the covariance of its inputs has no inverse; look at the calibration rows")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics that two initialisations need. `calibrate(round)` runs the model on calibration rows, one row at a time; for gradients it goes backward too.
-
-GROUP = 4 * 2**30  # bytes of statistics held at a time
-
-
-def statistic_size(layer, needs):
-    """Bytes of a layer's gradient [out, in] or covariance [in, in], fp32."""
-    return 4 * (layer.weight.numel() if needs is gradients else layer.weight.shape[1] ** 2)
-
-
-def statistics(model, names, needs, calibrate, rounds=1, room_of_group=GROUP, progress=False):
-    """Yield (layer name, [its statistic of every round]), the layers taken in groups whose statistics fit into so many bytes: calibrate runs once a group and round."""
-    size = lambda name: statistic_size(model.get_submodule(name), needs)
-    groups, room = [], 0
-    for name in names:
-        if not groups or size(name) * rounds > room:
-            groups.append([])
-            room = room_of_group
-        groups[-1].append(name)
-        room -= size(name) * rounds
-    for group in tqdm(
-        groups, desc=f"{needs.__name__} of {len(names)} layers", unit="group", disable=not progress
-    ):
-        each = []
-        for i in range(rounds):
-            with needs(model, group) as found, evaluating(model):  # dropout would blur what is measured
-                calibrate(i)
-            each.append(found)
-        empty = [name for name in group if any(name not in found for found in each)]
-        if empty:
-            backward = " backward" if needs is gradients else ""
-            raise ValueError(
-                f"calibration: nothing reached {', '.join(empty[:3])}; does `calibrate` run the model{backward} on inputs with a batch dimension?"
-            )
-        for name in group:
-            yield name, [found.pop(name) for found in each]
-
-
-@contextmanager
-def evaluating(model):
-    """Within it, `model` is in eval mode; every module has its own mode back afterwards, also on an exception."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-@contextmanager
-def gradients(model, names):
-    """Within it, backward passes add up ∂L/∂W of the named layers, and of no other weight. -> {name: G [out, in], fp32 on the CPU}, filled as they come."""
-    found, hooks, trained = {}, [], [p for p in model.parameters() if p.requires_grad]
-
-    def take(p, name):
-        found[name] = found.get(name, 0) + p.grad.float().cpu()
-        p.grad = None
-
-    model.requires_grad_(False)
-    for name in names:
-        W = model.get_submodule(name).weight.requires_grad_(True)
-        hooks.append(W.register_post_accumulate_grad_hook(lambda p, name=name: take(p, name)))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.requires_grad_(False)
-        for p in trained:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def covariances(model, names):
-    """Within it, forward passes add up x̃ᵀ x̃ of the named layers' inputs x [1, L, in], x̃ = x / |max x|. -> {name: C [in, in], fp32}, in the end their mean over calls.
-
-    A call without a batch dimension (DeBERTa's projections read positions too) does not count.
-    """
-    found, calls, hooks = {}, Counter(), []
-
-    def take(x, name):
-        if x.dim() == 3:
-            x = x.detach().flatten(0, 1).float()
-            x = x / x.max().abs()
-            found[name] = found.get(name, 0) + x.T @ x
-            calls[name] += 1
-
-    for name in names:
-        hooks.append(
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda m, args, name=name: take(args[0], name)
-            )
-        )
-    try:
-        with torch.no_grad():
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, C in found.items():
-            C /= calls[name]
-
-
-# CorDA++ (Yang et al. 2025, arXiv 2506.13187, Eq. 7-10): which covariance a layer takes, and how many directions
-
-
-def compactness(damped, out):
-    """log π of a damped covariance, π = √(out · σ_max) / σ_min: lower is more compact."""
-    sigma = torch.linalg.eigvalsh(damped)
-    return (0.5 * (math.log(out) + sigma[-1].log()) - sigma[0].clamp_min(1e-30).log()).item()
-
-
-def choose_covariance(W, candidates, rng):
-    """Eq. 7-8: of a layer's covariances the one with the smallest log π(C) · Σ_i σ_i / σ_max, σ of W C̃. -> its index, log π, σ [min(out, in)]."""
-    best = None
+def choose_covariance(W, candidates, name="a layer"):
+    """CorDA++ (arXiv 2506.13187), Eq. 7-8: the covariance of lowest score -> its index, log π, σ of W C̃"""
+    scored = []
     for i, C in enumerate(candidates):
-        damped = damp(C.to(rng.device).float())[0]
-        log_pi, sigma = (
-            compactness(damped, W.shape[0]),
-            torch.linalg.svdvals(W.float().to(rng.device) @ damped).cpu(),
-        )
-        score = log_pi * (sigma.sum() / sigma[0]).item()
-        if best is None or score < best[0]:
-            best = score, i, log_pi, sigma
-    return best[1:]
+        damped, _, _ = damp(C, name)
+        # π = √(out · λ_max) / λ_min of the eigenvalues of C̃, score = log π · Σ_i σ_i / σ_max
+        eigenvalues = torch.linalg.eigvalsh(damped)
+        log_pi = (0.5 * (len(W) * eigenvalues[-1]).log() - eigenvalues[0].clamp_min(1e-30).log()).item()
+        sigma = torch.linalg.svdvals(W.float() @ damped).cpu()
+        scored.append((log_pi * (sigma.sum() / sigma[0]).item(), i, log_pi, sigma))
+    return min(scored, key=lambda entry: entry[:2])[1:]
 
 
 def allocate_ranks(spectra, log_pi, width, budget, keep):
-    """Eq. 9-10: rank of each layer within `budget` parameters. spectra {name: σ [R], falling}, width {name: in + out}. -> {name: rank of the adapter}.
+    """CorDA++, Eq. 9-10: the rank of each layer's adapter, within `budget` parameters -> {name: rank}
 
-    n smallest directions are filtered out of each layer, from n = 1 on: always one more from the layer with the lowest log π · σ_-n / Σ_{k≤R-n} σ_k. keep "last"
-    (KPM): they become the adapter, until the budget is passed; "first" (IPM): the others do, until they fit into it. A layer of one direction keeps it.
+    spectra {name: σ, falling}; log_pi {name: log π > 0}; width {name: in + out, a direction's parameters}.
+    In each layer the smallest direction is marked, then one more at a time, where the last mark scores least,
+    log π · σ / Σ of the larger σ. keep="last" adapts the marks until they exceed the budget, "first" the rest
+    until it fits. A layer's scores only rise, so the order of all steps is the sorted order of all scores.
     """
-    n, tail, head = (
-        dict.fromkeys(spectra, 1),
-        *(
-            {name: f(sigma.double()).tolist() for name, sigma in spectra.items()}
-            for f in (torch.clone, lambda t: t.cumsum(0))
-        ),
-    )
-    score = lambda name: log_pi[name] * tail[name][-n[name]] / head[name][-1 - n[name]]
-    rank = (lambda name: n[name]) if keep == "last" else lambda name: max(len(spectra[name]) - n[name], 1)
-    heap, used = (
-        [(score(name), name) for name in spectra if len(spectra[name]) > 1],
-        sum(width[name] * rank(name) for name in spectra),
-    )
-    heapq.heapify(heap)
-    while heap and (used <= budget if keep == "last" else used >= budget):
-        _, name = heapq.heappop(heap)
-        n[name] += 1
-        used += width[name] if keep == "last" else -width[name]
-        if n[name] < len(spectra[name]) - 1:
-            heapq.heappush(heap, (score(name), name))
-    return {name: rank(name) for name in spectra}
+    scores = []
+    owners = []
+    for i, (name, sigma) in enumerate(spectra.items()):
+        larger = sigma.double().cumsum(0).flip(0)[1:-1]
+        scores.append(log_pi[name] * sigma.double().flip(0)[:-2] / larger)
+        owners += [i] * len(larger)
+    order = torch.cat(scores).argsort(stable=True)
+    owners = torch.tensor(owners, dtype=torch.long)[order]
+    widths = torch.tensor([width[name] for name in spectra])
+    sizes = torch.tensor([len(sigma) for sigma in spectra.values()])
+    spent = F.pad(widths[owners].cumsum(0), (1, 0))  # after 0, 1, ... steps
+    others = (sizes - 1).clamp_min(1)
+    enough = widths.sum() + spent > budget if keep == "last" else (widths * others).sum() - spent < budget
+    steps = int(enough.int().argmax()) if enough.any() else len(owners)
+    marks = owners[:steps].bincount(minlength=len(spectra))
+    ranks = 1 + marks if keep == "last" else others - marks
+    return dict(zip(spectra, ranks.tolist()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of methods
+# ---- The table of methods ---------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
-    """What distinguishes a method."""
-
     what: str
-    layer: type | None = LowRank  # what stands in place of a layer; None: nothing, every weight trains
-    init: callable = None  # how its A0, B0 are made, one of the functions above
-    needs: callable = None  # what is measured first, on calibration rows: gradients or covariances
-    train_A: bool = True  # False: only B trains
-    groups: bool = False  # B and vectors have a learning rate of their own, LoRA+'s ratio times A's
-    regularized: bool = False  # the poster's λ are its default
+    layer: type | None = None  # what stands in place of a layer; None: nothing, every weight trains
+    init: callable = None  # its start, one of the functions above
+    statistic: callable = None  # what is measured first: gradients or covariances
+    options: dict = field(default_factory=dict)  # its own: attach(..., name=value), --name=value
+    regularized: bool = False  # the poster's λ are its defaults
 
 
+# fmt: off
+SVD = dict(niter=10, oversample=8)     # rounds of the fast SVD (0: exact), directions beside the r
+BUDGET = dict(adalora_first=0.1, adalora_last=0.3, adalora_every=0.01, orthogonality=0.1)   # see budget_steps
+CHOICE = dict(keep="first", rounds=5)  # triplets that inputs use most (or last: least), covariances measured
 METHODS = {
-    "full": Method("every weight", layer=None),
-    "lora": Method("W + s B A, B starts at zero", init=init_lora),
-    "lora+": Method("LoRA, B learning faster than A", init=init_lora, groups=True),
-    "lora-fa": Method("LoRA, A stays as drawn", init=init_lora, train_A=False),
-    "lora-ga": Method(
-        "W + s (B A - B0 A0), (A0, B0) singular vectors of the gradient", init=init_lora_ga, needs=gradients
-    ),
-    "adalora": Method("W + s B E A, ranks shared out by importance", layer=AdaLoRA, init=init_adalora),
-    "dora": Method("m/n ∘ (W + s B A), magnitude and direction apart", layer=DoRA, init=init_lora),
-    "pissa": Method("W + s (B A - B0 A0), (A0, B0) the largest singular triplets", init=init_pissa),
-    "milora": Method("W + s (B A - B0 A0), (A0, B0) the smallest singular triplets", init=init_milora),
-    "corda": Method(
-        "W + s (B A - B0 A0), (A0, B0) triplets of W C, C the inputs' covariance",
-        init=init_corda,
-        needs=covariances,
-    ),
-    "corda++": Method("CorDA, covariance and rank chosen for each layer", init=init_corda, needs=covariances),
-    "balora": Method(
-        "PiSSA + consistency, diversity and SVD regularizers", init=init_pissa, regularized=True
-    ),
-    "bitfit": Method("every bias b + Δb, linear layers and norms", layer=BiasOffset),
-    "hadapter": Method("h + Up SiLU(Down h) behind attention and MLP", layer=Houlsby),
-    "padapter": Method("a bottleneck around the norm behind the MLP", layer=Pfeiffer),
+    "full":     Method("every weight"),
+    "lora":     Method("W + s B A, B starts at zero", LoRA, init_lora),
+    "lora+":    Method("LoRA, B learns faster than A", LoRA, init_lora, options=dict(lora_plus_ratio=16.0)),
+    "lora-fa":  Method("LoRA, A stays as drawn", LoRAFA, init_lora),
+    "lora-ga":  Method("bracket from ∂L/∂W's triplets", Anchored, init_lora_ga, gradients, dict(gamma=16.0)),
+    "adalora":  Method("W + s B E A, ranks shared out by importance", AdaLoRA, init_adalora, options=BUDGET),
+    "dora":     Method("m/n ∘ (W + s B A), magnitude and direction apart", DoRA, init_lora),
+    "pissa":    Method("bracket from W's largest singular triplets", Anchored, init_pissa, options=SVD),
+    "milora":   Method("bracket from W's smallest singular triplets", Anchored, init_milora),
+    "corda":    Method("bracket from triplets of W C", Anchored, init_corda, covariances, dict(keep="first")),
+    "corda++":  Method("CorDA, C and rank chosen by layer", Anchored, init_corda, covariances, CHOICE),
+    "balora":   Method("PiSSA + consistency, diversity and SVD terms", Anchored, init_pissa, None, SVD, True),
+    "bitfit":   Method("every bias b + Δb, linear layers and norms", BiasOffset),
+    "hadapter": Method("h + Up SiLU(Down h) behind attention and MLP", Houlsby),
+    "padapter": Method("a bottleneck around the norm behind the MLP", Pfeiffer),
 }
 ENCODERS_ONLY = ("bitfit", "hadapter", "padapter")  # biases, post-norm blocks: LLaMA has neither
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# fmt: on
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attach, teacher, merge
+def method_options(method, given):
+    """A method's options, those given in place of defaults -> {name: value}"""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; {nearest(method, METHODS)}known: {', '.join(METHODS)}")
+    own = METHODS[method].options
+    for name in given.keys() - own.keys():
+        owners = ", ".join(other for other, spec in METHODS.items() if name in spec.options)
+        hint = f"of {owners}" if owners else f"{nearest(name, own)}of no method"
+        raise ValueError(f"{method} has no option {name} ({hint}); its own: {', '.join(own) or 'none'}")
+    options = {**own, **given}
+    if options.get("keep", "first") not in ("first", "last") or options.get("rounds", 1) < 1:
+        raise ValueError(f"{method} with {options}: keep has to be first or last, rounds at least 1")
+    return options
+
+
+# ---- attach, teacher, merge -------------------------------------------------
 
 
 @dataclass
 class Report:
-    """What attach did; print it."""
-
     method: str
     r: int
     alpha: float
-    matched: dict = field(default_factory=dict)  # pattern -> names of the layers it matched
+    options: dict  # the method's own
+    matched: dict = field(default_factory=dict)  # pattern -> names of the layers that it matched
     trainable: int = 0
-    head: int = 0  # of those, in a classification head, which trains whole
+    head: int = 0  # of these, in a classification head, which trains whole
     total: int = 0  # parameters of the network itself
-    notes: list = field(default_factory=list)  # what an initialisation has to say
+    notes: list = field(default_factory=list)  # remarks on what was measured
 
     def __str__(self):
-        rows = [
-            f"  {pattern:<12} {len(names):>4} layers   {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}"
-            for pattern, names in self.matched.items()
-        ]
-        title = f"{self.method}: {METHODS[self.method].what}" + (
-            f" (r={self.r}, alpha={self.alpha:g})" if METHODS[self.method].init else ""
-        )
-        share = (
+        lines = [f"{self.method}: {METHODS[self.method].what}"]
+        if METHODS[self.method].init is not None:
+            lines[0] += f" (r={self.r}, alpha={self.alpha:g})"
+        for pattern, names in self.matched.items():
+            ends = " ... ".join(dict.fromkeys([names[0], names[-1]]))
+            lines.append(f"  {pattern:<12} {len(names):>4} layers   {ends}")
+        lines += [f"  {note}" for note in self.notes]
+        lines.append(
             f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"
         )
-        parts = (
-            f": {self.trainable - self.head:,} by the method, {self.head:,} in the head" if self.head else ""
-        )
-        return "\n".join([title, *rows, *(f"  {note}" for note in self.notes), share + parts])
+        if self.head:
+            lines[-1] += f": {self.trainable - self.head:,} by the method, {self.head:,} in the head"
+        return "\n".join(lines)
 
 
 def attach(
@@ -600,284 +692,168 @@ def attach(
     alpha=None,
     targets=None,
     seed=0,
-    niter=10,
-    oversample=8,
-    frozen_copy=False,
-    progress=False,
     calibrate=None,
-    rounds=5,
-    keep="first",
-    gamma=16.0,
-    correct_B=False,
-    start=None,
+    state=None,
+    progress=False,
+    **options,
 ):
-    """Freeze `model` and make it trainable by `method`. Any module that holds nn.Linear layers will do. Submodules that it names in `trained_whole`
-    (a classification head) train too.
+    """Freeze `model`, any module that holds nn.Linear layers, and make it trainable by `method` -> Report
 
-    r: rank; of bottleneck adapters their width; AdaLoRA starts at 1.5 r and ends at r on average. alpha: the bracket counts s = alpha / r (None: alpha = r).
-    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: the seven projections (bitfit: every bias; bottlenecks: every place).
-    niter, oversample: the fast SVD, see `top_svd` (niter 0: exact).
-    frozen_copy: for "full", keep the pre-trained weights too, which `teacher` needs there. calibrate(round): runs the model on rows, see `statistics`;
-    LoRA-GA and CorDA need it (CorDA++ `rounds` times, and a second time once the ranks are known). keep: of CorDA's triplets, "first" (IPM) or "last" (KPM). gamma: LoRA-GA's γ.
-    correct_B: LoRA-FA's second version. start: {name: tensor}, the network's state at a checkpoint to go on from: A0, B0 and ranks are those, nothing is measured or
-    decomposed again. -> Report.
-    Raises ValueError: unknown method, r or alpha out of range, a pattern that matches nothing, no calibration, a second attach.
+    r: rank, or width of a bottleneck. alpha: s = alpha / r; None: r. options: the method's own, see METHODS.
+    targets: names or patterns of layers ("q_proj", "layers.0.*"); None: all that the method is made for.
+    calibrate(round): runs the model on some rows, one at a time (LoRA-GA: backward, too) -> tokens, or None.
+    state {name: tensor}: a checkpoint to go on from; nothing is measured. On the meta device: shapes alone.
+    Submodules named in model.trained_whole (a head) train, too. ValueError for whatever does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; {nearest(method, METHODS)}known: {', '.join(METHODS)}")
+    options = method_options(method, options)
     alpha = r if alpha is None else alpha
-    if r < 1 or alpha <= 0 or keep not in ("first", "last"):
-        raise ValueError(
-            f"r={r}, alpha={alpha}, keep={keep}: r must be at least 1, alpha above 0, keep first or last"
-        )
-    if correct_B and method != "lora-fa":
-        raise ValueError(f"correct_B with {method}: it is LoRA-FA's second version; leave it out")
-    if adapted_layers(model) or hasattr(model, "pretrained"):
+    if r < 1 or alpha <= 0:
+        raise ValueError(f"r={r}, alpha={alpha}: r must be at least 1, alpha above 0")
+    if adapted_layers(model):
         raise ValueError("this model already has an adapter: merge it first, or load the model anew")
-    report, m = Report(method, r, alpha, total=sum(p.numel() for p in model.parameters())), METHODS[method]
-    device = next(iter(model.parameters())).device
-    rng = torch.Generator("cpu" if device.type in ("mps", "meta") else device).manual_seed(
-        seed
-    )  # MPS has no SVD
-    if m.layer is None:
-        model.requires_grad_(True)
-        model.pretrained = (
-            {name: p.detach().clone() for name, p in model.named_parameters()} if frozen_copy else None
-        )
-    else:
-        model.requires_grad_(False)
-        report.matched = match(model, targets, m.layer)
-        names = list(dict.fromkeys(name for names in report.matched.values() for name in names))
-        if m.init:
-            options = dict(niter=niter, oversample=oversample, keep=keep, gamma=gamma)
-            if start:
-                pairs = resumed(
-                    model, names, start, m.layer, None if method == "corda++" else first_rank(m, r)
-                )
-            else:
-                pairs = starts(
-                    model,
-                    method,
-                    names,
-                    r,
-                    alpha / r,
-                    rng,
-                    calibrate,
-                    rounds,
-                    progress,
-                    options,
-                    report.notes,
-                )
-                pairs = tqdm(
-                    pairs,
-                    desc=f"{method} initialisation",
-                    unit="layer",
-                    total=len(names),
-                    disable=not progress,
-                )
-            if m.needs:  # what is measured is the plain network
-                made = list(pairs)[::-1]
-                pairs = (made.pop() for _ in names)
-            for name, (A0, B0) in pairs:
-                s = alpha / (len(A0) + 1e-5) if m.layer is AdaLoRA else alpha / r
-                replace(
-                    model,
-                    name,
-                    m.layer(model.get_submodule(name), A0, B0, s, *([] if m.train_A else [False])),
-                )
-        else:
-            for name in names:
-                inner = model.get_submodule(name)
-                replace(
-                    model,
-                    name,
-                    m.layer(inner)
-                    if m.layer is BiasOffset
-                    else m.layer(inner, model.width, r, rng).to(device),
-                )
-        if correct_B:
-            correct(model)
-        for module in whole(model).values():
-            module.requires_grad_(True)
-    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report.head = sum(p.numel() for module in whole(model).values() for p in module.parameters())
+    kind = METHODS[method].layer
+    report = Report(method, r, alpha, options, total=sum(p.numel() for p in model.parameters()))
+    model.requires_grad_(kind is None)
+    if kind is not None:
+        report.matched = match(model, targets, kind)
+        found = starts(model, report, seed, calibrate, state, progress)
+        layers = {name: new_layer(model, name, kind, seed, *start) for name, *start in found}
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+    for module in trained_whole(model).values():
+        module.requires_grad_(True)
+        report.head += sum(p.numel() for p in module.parameters())
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    report.trainable = sum(trained.values())
+    if state is not None:
+        lacking = [n for n in trained if n not in state or state[n].shape != model.get_parameter(n).shape]
+        if lacking:
+            raise ValueError(f"state: no such {lacking[0]} in it; is it of another model or adapter?")
+        model.load_state_dict(state, strict=False)
     return report
 
 
-def starts(model, method, names, r, s, rng, calibrate, rounds, progress, options, notes):
-    """Yield (name, (A0, B0)) of each layer, measuring first what the method needs; what there is to say about it goes into `notes`."""
-    m, W = METHODS[method], lambda name: model.get_submodule(name).weight.detach()
-    ranks = dict.fromkeys(names, first_rank(m, r))
-    small, directions, why = (
-        min(names, key=lambda name: min(W(name).shape)),
-        ranks[names[0]],
-        " (1.5 r at the start)" if m.layer is AdaLoRA else "",
-    )
-    if m.init is init_lora_ga:
-        directions, why = 2 * r, " (lora-ga takes 2r directions)"
-    if directions > min(W(small).shape):
-        raise ValueError(
-            f"r={r}{why} is above the smallest dimension of {small} ({min(W(small).shape)}); choose a smaller r"
-        )
-    if next(iter(model.parameters())).is_meta:  # a dry run: shapes only
-        zero = m.init is init_lora
-        yield from (
-            (
-                name,
-                (
-                    W(name).new_empty(ranks[name], W(name).shape[1]),
-                    None if zero else W(name).new_empty(W(name).shape[0], ranks[name]),
-                ),
-            )
-            for name in names
-        )
+def starts(model, report, seed, calibrate, state, progress):
+    """Yield (layer's name, rank, s, (A0, B0)), after measuring what the method needs; None for zeros."""
+    spec = METHODS[report.method]
+    names = list(dict.fromkeys(name for found in report.matched.values() for name in found))
+    rank = report.r
+    s = report.alpha / report.r
+    if spec.layer is AdaLoRA:  # it ends at r, on average; its code's s
+        rank = math.ceil(1.5 * rank)
+        s = report.alpha / (rank + 1e-5)
+    directions = 2 * rank if spec.init is init_lora_ga else rank
+    for name in names if spec.init else ():
+        side = min(model.get_submodule(name).weight.shape)
+        if directions > side:
+            raise ValueError(f"r={report.r} takes {directions} of the {side} directions of {name}; lower r")
+    if spec.init is None or state is not None or next(model.parameters()).is_meta:
+        for name in names:
+            if report.method == "corda++" and state is not None:
+                rank = len(state.get(f"{name}.A", ()))
+            yield name, rank, s, None
         return
-    tokens, damping, stats = [], [], ((name, [None]) for name in names)
-    if m.needs:
-        if calibrate is None:
-            raise ValueError(
-                f"{method} starts from {m.needs.__name__}: attach(..., calibrate=function that runs the model on some rows)"
-            )
-        measure = lambda: statistics(
-            model,
-            names,
-            m.needs,
-            lambda i: tokens.append(calibrate(i)),
-            rounds if method == "corda++" else 1,
-            progress=progress,
-        )
-        stats = measure()
-        if method == "corda++":
-            chosen = {}  # of each layer: index of the covariance, log π, σ
-            for name, found in stats:
-                with naming(method, name):
-                    chosen[name] = choose_covariance(W(name), found, rng)
-            width = {name: sum(W(name).shape) for name in names}
-            ranks = allocate_ranks(
-                {name: sigma for name, (_, _, sigma) in chosen.items()},
-                {name: log_pi for name, (_, log_pi, _) in chosen.items()},
-                width,
-                r * sum(width.values()),
-                options["keep"],
-            )
-            won, order = Counter(i for i, _, _ in chosen.values()), sorted(ranks.values())
-            notes.append(
-                f"ranks {order[0]} to {order[-1]}, median {order[len(order) // 2]}; layers that chose round 1, 2, ...: {', '.join(str(won[i]) for i in range(rounds))}"
-            )
-            stats = ((name, [found[chosen[name][0]]]) for name, found in measure())
-    for name, (stat,) in stats:
-        with naming(method, name):
-            start = m.init(W(name), ranks[name], s, rng, stat=stat, damping=damping, **options)
-        yield name, start
-    if damping:
-        notes += covariance_notes(damping, tokens, [W(name).shape[1] for name in names])
+    measured = ((name, rank, None) for name in names)
+    if spec.statistic is not None:
+        measured = measure(model, names, report, calibrate)
+    for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=not progress):
+        W = off_mps(model.get_submodule(name).weight.detach())
+        rng = layer_rng(seed, name, W.device)
+        yield name, rank, s, spec.init(W, rank, s, rng, found, **report.options)
 
 
-@contextmanager
-def naming(method, layer):
-    """A ValueError inside says whose it is."""
-    try:
-        yield
-    except ValueError as e:
-        raise ValueError(f"{method}: {layer}: {e}") from None
+def measure(model, names, report, calibrate):
+    """Yield (layer's name, its rank, its gradient or damped covariance); remarks go into the report."""
+    kind = METHODS[report.method].statistic
+    if calibrate is None:
+        raise ValueError(f"{report.method} measures {kind.__name__}: attach(..., calibrate=...) is missing")
+    shares = []
+    lacking = 0
+    n = report.options.get("rounds", 1)
+
+    def rounds():
+        """Yield of each layer ((its name, the statistic of round 0), (its name, of round 1), ...)."""
+        return zip(*[statistics(model, names, kind, calibrate, i, GROUP // n) for i in range(n)])
+
+    ranks = dict.fromkeys(names, report.r)
+    chosen = dict.fromkeys(names, 0)
+    if report.method == "corda++":  # measured twice: all layers' covariances would not fit in memory
+        log_pi, spectra, width = {}, {}, {}
+        for found in rounds():
+            name = found[0][0]
+            W = off_mps(model.get_submodule(name).weight.detach())
+            chosen[name], log_pi[name], spectra[name] = choose_covariance(W, [C for _, C in found], name)
+            width[name] = sum(W.shape)
+        ranks = allocate_ranks(spectra, log_pi, width, report.r * sum(width.values()), report.options["keep"])
+        least, *_, most = sorted(ranks.values())
+        wins = ", ".join(f"{i + 1} by {n} layers" for i, n in sorted(Counter(chosen.values()).items()))
+        report.notes.append(f"ranks {least} to {most}; rounds of covariances chosen: {wins}")
+    for found in rounds():
+        name = found[0][0]
+        statistic = found[chosen[name]][1]
+        if kind is covariances:
+            lacking += bool(torch.linalg.cholesky_ex(off_mps(statistic)).info)  # not positive definite
+            statistic = damp(statistic, name)
+            shares.append(statistic[2])
+        yield name, ranks[name], statistic
+    if shares:
+        report.notes.append(f"covariances damped by up to {max(shares):.0%} of their mean diagonal")
+    if lacking:
+        report.notes.append(f"{lacking} of {len(names)} covariances lack rank: give more calibration rows")
 
 
-def covariance_notes(damping, tokens, inputs):
-    """What to say of CorDA's covariances: the shares of damping of all layers, the tokens of each calibration (or None), the layers' numbers of inputs -> lines."""
-    raised = sum(share > min(damping) for share in damping)
-    lines = [
-        f"covariances damped by {min(damping):.0%} of their mean diagonal"
-        + (f", up to {max(damping):.0%} in {raised} layers" if raised else "")
-    ]
-    read = min((n for n in tokens if n), default=math.inf)
-    if short := sum(n > read for n in inputs):
-        lines.append(
-            f"{short} of {len(inputs)} layers have more inputs than the {read:,} tokens measured, so their covariances lack rank; more calibration rows mend that"
-        )
-    return lines
+def new_layer(model, name, kind, seed, rank, s, start=None):
+    """The layer in a module's place; a low-rank one starts at zeros, unless start = (A0, B0) is given."""
+    module, device = model.get_submodule(name), next(model.parameters()).device
+    if kind is BiasOffset:
+        return BiasOffset(module)
+    if issubclass(kind, Houlsby):
+        return kind(module, model.width, rank, layer_rng(seed, name, device)).to(device)
+    W = module.weight
+    A0, B0 = start or (W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank))
+    return kind(module, A0.to(W.device), B0.to(W.device), s)
 
 
-def first_rank(m, r):
-    return math.ceil(1.5 * r) if m.layer is AdaLoRA else r
+def layer_rng(seed, name, device):
+    """The generator of one layer's random start: no layer's start depends on another's."""
+    on_cpu = device.type in ("mps", "meta")
+    return torch.Generator("cpu" if on_cpu else device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-def resumed(model, names, state, layer, rank):
-    """Yield (name, (A0, B0)) as they stand in the state of a checkpoint: A and B themselves where A0, B0 are not kept. rank: what they must have, None: any."""
-    for name in names:
-        A, B, A0, B0 = (state.get(f"{name}.{leaf}") for leaf in ("A", "B", "A0", "B0"))
-        if A is None or rank not in (None, len(A)):
-            raise ValueError(
-                f"start: {'no ' if A is None else f'rank {len(A)}, not {rank}, of '}{name}.A in it; is it a checkpoint of another model or adapter?"
-            )
-        A0, B0, W = A if A0 is None else A0, B if layer is AdaLoRA else B0, model.get_submodule(name).weight
-        yield name, (A0.to(W.device), None if B0 is None else B0.to(W.device))
+def trained_whole(model):
+    """-> {name: submodule} that trains whole beside any method: a classification head"""
+    return {name: m for name, m in model.named_children() if name in getattr(model, "trained_whole", ())}
 
 
-def correct(model):
-    """LoRA-FA's second version (arXiv 2308.03303v2): B's gradient times (A Aᵀ)⁻¹ / s², which makes the step of s B A the closest one to full tuning's."""
-    for layer in adapted_layers(model).values():
-        A = layer.A.detach().cpu().double()
-        P = torch.linalg.inv(A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype)) / layer.s**2
-        layer.B.register_hook(lambda g, P=P.to(layer.B): g @ P)
+def match(model, targets, kind=LoRA):
+    """-> {pattern: names of the places it matches}; without targets, of TARGETS or of all places"""
+    places = adaptable(model, kind)
+    leaves = sorted({name.rpartition(".")[2] for name in places})
+    found = {}
+    for pattern in targets or (TARGETS if issubclass(kind, LoRA) else leaves):
+        found[pattern] = [n for n in places if f".{n}".endswith(f".{pattern}") or fnmatch.fnmatch(n, pattern)]
+    matched = {pattern: names for pattern, names in found.items() if names}
+    if not matched or (targets and matched != found):
+        nothing = ", ".join(found.keys() - matched.keys()) or "any"
+        has = ", ".join(leaves) or f"no place for {kind.__name__} (bottlenecks: post-norm encoders have)"
+        raise ValueError(f"targets: nothing matches {nothing}; the model has {has}")
+    return matched
 
 
-def whole(model):
-    """-> {name: submodule} that trains whole beside any method: a classification head."""
-    return {
-        name: model.get_submodule(name)
-        for name in getattr(model, "trained_whole", ())
-        if hasattr(model, name)
-    }
-
-
-def match(model, targets, layer=LowRank):
-    """-> {pattern: names of the places it matches}; default for low-rank layers: those of TARGETS that the model has, otherwise every place there is for `layer`."""
-    places, what = adaptable(model, layer)
-    leaves = sorted({n.rsplit(".", 1)[-1] for n in places})
-    patterns = targets or (TARGETS if layer in LINEAR else leaves)
-    found = {
-        t: [n for n in places if n == t or n.endswith("." + t) or fnmatch.fnmatch(n, t)] for t in patterns
-    }
-    if targets is None:
-        found = {t: names for t, names in found.items() if names}
-    empty = [t for t, names in found.items() if not names]
-    if empty or not found:
-        raise ValueError(
-            f"targets: nothing matches {', '.join(empty or patterns) or 'any'}; the model's {what} are {', '.join(leaves) or 'none'}"
-        )
-    return found
-
-
-LINEAR = (LowRank, DoRA, AdaLoRA)
-
-
-def adaptable(model, layer=LowRank):
-    """-> names of the places where `layer` may stand, what they are."""
-    if layer in (Houlsby, Pfeiffer):
-        return list(
-            getattr(model, "bottlenecks", {}).get(layer.__name__, ())
-        ), "places for bottleneck adapters (which belong to post-norm encoders)"
-    closed = (*getattr(model, "not_adapted", ()), *whole(model))
-    fits, what = (
-        (lambda m: isinstance(m, nn.Linear), "linear layers")
-        if layer in LINEAR
-        else (lambda m: isinstance(m, nn.Linear | nn.LayerNorm) and m.bias is not None, "layers with a bias")
-    )
-    return [
-        name
-        for name, m in model.named_modules()
-        if fits(m) and not any(f"{name}.".startswith(f"{c}.") for c in closed)
-    ], what
-
-
-def replace(model, name, module):
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def adaptable(model, kind=LoRA):
+    """-> names of the modules in whose place a layer of this kind may stand"""
+    if issubclass(kind, Houlsby):
+        return list(getattr(model, "bottlenecks", {}).get(kind.__name__, ()))
+    closed = tuple(f"{name}." for name in (*getattr(model, "not_adapted", ()), *trained_whole(model)))
+    fits = (nn.Linear, nn.LayerNorm) if kind is BiasOffset else nn.Linear
+    places = {name: m for name, m in model.named_modules() if isinstance(m, fits)}
+    open_places = [name for name in places if not f"{name}.".startswith(closed)]
+    return [name for name in open_places if kind is not BiasOffset or places[name].bias is not None]
 
 
 def adapted_layers(model):
     """-> {name: adapted layer}"""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (*LINEAR, Houlsby, BiasOffset))}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA | Houlsby | BiasOffset)}
 
 
 def nearest(word, known):
@@ -887,653 +863,238 @@ def nearest(word, known):
 
 @contextmanager
 def teacher(model):
-    """The pre-trained network, exactly, at any step: brackets off, eval mode, no gradient; all restored, also on an exception.
-
-    After attach(..., "full", frozen_copy=True) the copy of the weights is swapped in instead.
-    """
-    layers, copy = adapted_layers(model).values(), getattr(model, "pretrained", None)
-    if not layers and not copy:
-        raise ValueError('teacher: no adapter to switch off; attach one ("full" needs frozen_copy=True)')
-    switches = [(m, m.on) for m in layers]
-
-    def swap():
-        for name, p in model.named_parameters():
-            if copy:
-                p.data, copy[name] = copy[name], p.data
-
-    swap()
+    """The pre-trained network, exactly, at any step: brackets off, eval mode, no gradient; all comes back."""
+    switches = [(layer, layer.on) for layer in adapted_layers(model).values()]
+    if not switches and any(p.requires_grad for p in model.parameters()):
+        raise ValueError("teacher: this model trains without an adapter to switch off; ask a frozen copy")
     try:
-        for m in layers:
-            m.on = False
+        for layer, _ in switches:
+            layer.on = False
         with evaluating(model), torch.no_grad():
             yield model
     finally:
-        swap()
-        for m, on in switches:
-            m.on = on
+        for layer, on in switches:
+            layer.on = on
 
 
 def merge(model):
-    """Fold every bracket into its W, every Δb into its b, and put plain layers back. -> how many. A second call finds none and does nothing.
-
-    Raises ValueError for bottleneck adapters, which are no linear map.
-    """
+    """Fold every bracket into its W, every Δb into its b -> how many"""
     layers = adapted_layers(model)
     if any(isinstance(layer, Houlsby) for layer in layers.values()):
-        raise ValueError(
-            "merge: a bottleneck adapter has a nonlinearity, so no weight can take it in; keep the adapter beside the model"
-        )
+        raise ValueError("merge: no weight can take in a bottleneck's nonlinearity; keep it beside the model")
     for name, layer in layers.items():
-        with torch.no_grad():
-            replace(model, name, layer.merged())
+        model.set_submodule(name, layer.merged())
     return len(layers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The regularizers of the poster, NLU form: class logits of N examples
-
-
-def kl(Z_P, Z_F):
-    """KL( softmax(Z_P) ‖ softmax(Z_F) ) of each row, nats. [M, V] twice -> [M]."""
-    log_P, log_F = F.log_softmax(Z_P, dim=-1), F.log_softmax(Z_F, dim=-1)
-    return (log_P.exp() * (log_P - log_F)).sum(-1)
-
-
-def cr_nlu(Z_P, Z_F, T):
-    """Consistency: L_CR = T² · KL( softmax(Z_P/T) ‖ softmax(Z_F/T) ), mean over examples, nats. Z_P, Z_F [N, D] -> scalar ≥ 0. (CR-NLU)"""
-    return T**2 * kl(Z_P / T, Z_F / T).mean()
-
-
-def dr_nlu(Z_F):
-    """Diversity: L_DR = 1/D Σ_{i≠j} C(Z_F)²_ij, C = Z_cᵀ Z_c / (N-1), Z_c = Z_F - mean over examples. Z_F [N ≥ 2, D] -> scalar ≥ 0. (DR-NLU)"""
-    N, D = Z_F.shape
-    Z_c = Z_F - Z_F.mean(0)
-    C = Z_c.T @ Z_c / (N - 1)
-    return (C - C.diag().diag()).square().sum() / D
-
-
-def svdr_nlu(Z_F, k):
-    """Low rank: L_SVDR = - Σ_{i≤k} σ_i / Σ_{j≤min(N,D)} σ_j. Z_F [N, D] -> scalar in [-1, 0); where k ≥ min(N, D) the constant -1. (SVDR-NLU)"""
-    sigma = torch.linalg.svdvals(Z_F.cpu() if Z_F.device.type == "mps" else Z_F)
-    return -sigma[:k].sum() / sigma.sum().clamp_min(1e-8)
-
-
-def idle_terms(n, D, d=None):
-    """What cannot act on n examples of D classes, DR and SVDR looking at [n, d] (default: the logits). -> {"cr" | "dr" | "svdr": why}, for the run to say aloud."""
-    d, idle = d or D, {}
-    if D == 1:
-        idle["cr"] = "the softmax of one logit is 1"
-    if d == 1 or n == 1:
-        idle["dr"] = (
-            "one column has no off-diagonal covariance"
-            if d == 1
-            else "the covariance of one example is undefined"
-        )
-        idle["svdr"] = "one singular value is all of the spectrum: the constant -1"
-    return idle
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The regularizers of the poster, NLG form. Rows are valid positions only.
-
-
-def cr_nlg(Z_P, Z_F, T):
-    """Consistency: L_CR = T² · 1/M Σ_i KL( P_P(y_i|x; T) ‖ P_F(y_i|x; T) ), nats. Z_P, Z_F [M, V] -> scalar ≥ 0. (CR-NLG)"""
-    return T**2 * kl(Z_P / T, Z_F / T).mean()
-
-
-def dr_nlg(Z_F, K):
-    """Diversity: L_DR = 1/M Σ_i Σ_{v in top-K} P'_F(v) log P'_F(v), P' renormalised within the top K. Z_F [M, V] -> scalar in [-log K, 0]. (DR-NLG)"""
-    log_P = F.log_softmax(Z_F.topk(min(K, Z_F.shape[-1]), dim=-1).values, dim=-1)
-    return (log_P.exp() * log_P).sum(-1).mean()
-
-
-def svdr_nlg(Z_F, k, niter=2, oversample=5, seed=0):
-    """Low rank: L_SVDR = - Σ_{i≤k} σ̃_i / ‖Z‖_F. Z_F [M, V], or [M, d] with the same σ -> scalar in [-√k, 0). (SVDR-NLG)
-
-    σ̃ are the singular values of Qᵀ Z, Q an orthonormal basis of k + oversample directions found by `niter` rounds of subspace
-    iteration without gradient; only singular values are differentiated, so nothing divides by σ_i² - σ_j².
-    """
-    Z_F = Z_F.cpu() if Z_F.device.type == "mps" else Z_F  # MPS has no SVD
-    Q = range_basis(Z_F.detach(), k + oversample, niter, seed)
-    sigma = torch.linalg.svdvals(Z_F if Q is None else Q.T @ Z_F)
-    return -sigma[:k].sum() / Z_F.norm().clamp_min(1e-8)
-
-
-@torch.no_grad()
-def range_basis(Z, q, niter, seed):
-    """Q [M, q], orthonormal, spanning nearly what Z's largest singular vectors span; None where q leaves nothing out."""
-    if q >= min(Z.shape):
-        return None
-    rng = torch.Generator(Z.device).manual_seed(seed)  # its own: training draws nothing from it
-    Q = torch.randn(Z.shape[0], q, generator=rng, device=Z.device)  # on M's side: the same for Z and for H Rᵀ
-    for _ in range(niter + 1):
-        Q = torch.linalg.qr(Z @ torch.linalg.qr(Z.T @ Q).Q).Q
-    return Q
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The objectives
-
-
-def loss_nlu(
-    Z_F, y, Z_P=None, lambdas=(0.15, 0.03, 0.03), T=2.0, k=5, G=None, N=None, share=1.0, label_smoothing=0.0
-):
-    """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLU").
-
-    Z_F [n, D]: class logits, y [n]: class ids (cross-entropy), or scores with D = 1 (squared error). Z_P [n, D]: the teacher's logits. G [n, d]: what
-    DR and SVDR look at, default Z_F (the poster); pooled features are the other sensible choice, where D is large. N: examples in the whole
-    optimizer step, default n; task and CR are Σ/N, so micro-batches add up to the large batch. share: this micro-batch's part of the
-    average over micro-batches, which DR and SVDR take. SVDR's k is min(k, min(n, D) - 1), or it would be the constant -1. A term whose λ is 0
-    is not computed, nor is one that cannot act (`idle_terms`).
-    -> total (scalar, differentiable), terms {"task", "cr", "dr", "svdr"}: raw values that add up over micro-batches.
-    """
-    l1, l2, l3 = lambdas
-    if l1 and Z_P is None:
-        raise ValueError("loss_nlu: λ1 > 0 needs the teacher's Z_P")
-    Z_F, part = Z_F.float(), len(y) / (N or len(y))
-    G = Z_F if G is None else G.float()
-    idle = idle_terms(len(G), Z_F.shape[1], G.shape[1])
-    terms = {
-        "task": part
-        * (
-            F.mse_loss(Z_F[:, 0], y)
-            if y.is_floating_point()
-            else F.cross_entropy(Z_F, y, label_smoothing=label_smoothing)
-        )
-    }
-    if l1 and "cr" not in idle:
-        terms["cr"] = part * cr_nlu(Z_P, Z_F, T)
-    if l2 and "dr" not in idle:
-        terms["dr"] = share * dr_nlu(G)
-    if l3 and "svdr" not in idle:
-        terms["svdr"] = share * svdr_nlu(G, min(k, min(G.shape) - 1))
-    weight = dict(task=1.0, cr=l1, dr=l2, svdr=l3)
-    return sum(weight[name] * value for name, value in terms.items()), {
-        name: value.detach() for name, value in terms.items()
-    }
-
-
-def loss_nlg(
-    H_F,
-    y,
-    E=None,
-    H_P=None,
-    lambdas=(0.025, 0.005, 0.005),
-    T=2.0,
-    K=20,
-    k=10,
-    M=None,
-    cr_scale=1.0,
-    share=1.0,
-    R=None,
-    chunk=None,
-    compile=False,
-    label_smoothing=0.0,
-):
-    """L = L_task + λ1 L_CR + λ2 L_DR + λ3 L_SVDR, of one micro-batch (poster, "Overall objective for NLG").
-
-    With E None, H_F and H_P are logits [M, V]: the path to read. With a frozen head E [V, d] they are hidden states [M, d]: logits
-    are made `chunk` rows at a time (None: 64 on a CPU, 1024 elsewhere) and their gradient is taken at once, so [M, V] never
-    exists; the same functions do the maths, through torch.compile where `compile` is set.
-
-    y [M]: token ids. H_P: the teacher's, for the first len(H_P) rows (all of them, unless only some sequences were shown to it).
-    M: valid positions in the whole optimizer step, default those here; token-wise terms are Σ/M, so micro-batches add up to the
-    large batch. cr_scale: sequences in the step / sequences shown to the teacher. share: this micro-batch's part of the average
-    over micro-batches, which SVDR takes. R: head_factor(E). label_smoothing: of the task loss, a control beside CR. A term whose λ is 0 is not computed.
-    -> total (scalar, differentiable), terms {"task", "cr", "dr", "svdr"}: raw values that add up over micro-batches.
-    """
-    l1, l2, l3 = lambdas
-    if l1 and H_P is None:
-        raise ValueError("loss_nlg: λ1 > 0 needs the teacher's H_P")
-    one = 1 / (M or len(y))
-    scale = {"task": one, "cr": cr_scale * one, "dr": one}  # Σ over rows -> the term's raw value
-    weight = {"task": one, "cr": l1 * scale["cr"], "dr": l2 * one}  # Σ over rows -> its part of L
-    H_P = H_P if l1 else H_F[:0]
-    sums = partial(compiled(token_sums) if compile else token_sums, smoothing=label_smoothing)
-    if E is None:
-        values = sums(H_F, y, H_P, E, T, K, bool(l2))
-        total = sum(weight[name] * v for name, v in values.items())
-    else:
-        total, values = by_chunks(
-            sums, weight, H_F, y, H_P, E, T, K, bool(l2), chunk or (64 if H_F.device.type == "cpu" else 1024)
-        )
-    terms = {name: scale[name] * v.detach() for name, v in values.items()}
-    if l3:
-        svdr = svdr_nlg(H_F.float() if E is None else F.linear(H_F.float(), R), k) * share
-        total, terms["svdr"] = total + l3 * svdr, svdr.detach()
-    return total, terms
-
-
-def token_sums(H_F, y, H_P, E, T, K, diversity, smoothing=0.0):
-    """The token-wise terms of some rows, each summed over its rows (the functions above are means). H_P may cover the first rows only."""
-    Z_F = logits(H_F, E)
-    sums = {"task": F.cross_entropy(Z_F, y, reduction="sum", label_smoothing=smoothing)}
-    if len(H_P):
-        sums["cr"] = len(H_P) * cr_nlg(logits(H_P, E), Z_F[: len(H_P)], T)
-    if diversity:
-        sums["dr"] = len(H_F) * dr_nlg(Z_F, K)
-    return sums
-
-
-@lru_cache
-def compiled(function):
-    return torch.compile(function)
-
-
-def logits(H, E):
-    """H [m, d], E [V, d] -> Z [m, V] in fp32; E None: H is Z."""
-    return (H if E is None else F.linear(H, E)).float()
-
-
-def by_chunks(sums, weight, H_F, y, H_P, E, T, K, diversity, chunk):
-    """Weighted total and values of `sums` over chunks of rows. The gradient with respect to H_F is taken chunk by chunk and kept for the backward pass."""
-    total, values, G = 0.0, {}, torch.empty_like(H_F)
-    learn = H_F.requires_grad and torch.is_grad_enabled()
-    for rows in (slice(start, start + chunk) for start in range(0, len(y), chunk)):
-        H = H_F[rows].detach().requires_grad_(learn)
-        part = sums(H, y[rows], H_P[rows], E, T, K, diversity)
-        value = sum(weight[name] * v for name, v in part.items())
-        if learn:
-            (G[rows],) = torch.autograd.grad(value, H)
-        total = total + value.detach()
-        for name, v in part.items():
-            values[name] = values.get(name, 0.0) + v.detach()
-    return WithGradient.apply(H_F, total, G), values
-
-
-class WithGradient(torch.autograd.Function):
-    """A scalar whose gradient with respect to H is already known to be G."""
-
-    @staticmethod
-    def forward(ctx, H, total, G):
-        ctx.save_for_backward(G)
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0], None, None
-
-
-@torch.no_grad()
-def head_factor(E):
-    """R [d, d] of E = Q R, fp32. Q has orthonormal columns, so Z = H Eᵀ and H Rᵀ have the same singular values and the same norm."""
-    home = E.device
-    return torch.linalg.qr((E.cpu() if home.type == "mps" else E).float(), mode="r").R.to(home)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer groups; AdaLoRA's budget
+# ---- Optimizer groups and AdaLoRA's budget ----------------------------------
 
 
 def param_groups(named, method="lora", ratio=16.0, weight_decay=0.0):
-    """{name: trainable tensor} -> AdamW's groups. The rate of a group is the schedule's times its "ratio": 1, but `ratio` for LoRA+'s B and vectors (Hayou et al. 2024).
-
-    LoRA+ gives biases and norms no weight decay, as in its authors' code.
-    """
-    if not METHODS[method].groups:
+    """{name: trained tensor} -> AdamW's groups; a group's rate is the schedule's times its "ratio"."""
+    if method != "lora+":
         return [dict(params=list(named.values()), ratio=1.0, weight_decay=weight_decay)]
-    fast = {name for name, p in named.items() if p.dim() == 1 or name.endswith(".B")}
-    still = {name for name in fast if name.endswith("bias") or "norm" in name}
-    parts = (
-        (named.keys() - fast, 1.0, weight_decay),
-        (fast - still, ratio, weight_decay),
-        (still, ratio, 0.0),
-    )
-    return [
-        dict(params=[named[name] for name in named if name in part], ratio=scale, weight_decay=decay)
-        for part, scale, decay in parts
-        if part
-    ]
+    groups = {}  # LoRA+ (Hayou et al. 2024): B and vectors learn faster, biases and norms do not decay
+    for name, p in named.items():
+        fast = p.dim() == 1 or name.endswith(".B")
+        decays = not (fast and (name.endswith("bias") or "norm" in name))
+        groups.setdefault((ratio if fast else 1.0, weight_decay * decays), []).append(p)
+    return [dict(params=params, ratio=key[0], weight_decay=key[1]) for key, params in groups.items()]
 
 
 def orthogonality(model):
-    """AdaLoRA's regularizer: the mean over all A and B of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F (its code; the paper has squares and a sum). -> scalar ≥ 0"""
-    layers = [m for m in adapted_layers(model).values() if isinstance(m, AdaLoRA)]
-    gap = lambda G: (G - torch.eye(len(G), device=G.device)).norm()
-    return sum(gap(m.A @ m.A.T) + gap(m.B.T @ m.B) for m in layers) / (2 * len(layers))
+    """AdaLoRA's regularizer as in its code: the mean over all A and B of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F."""
+    gaps = []
+    for layer in adapted_layers(model).values():
+        I = torch.eye(len(layer.A), device=layer.A.device)
+        gaps += [(layer.A @ layer.A.T - I).norm(), (layer.B.T @ layer.B - I).norm()]
+    return sum(gaps) / len(gaps)
 
 
-def budget(step, max_iters, t_i, t_f, b0, bT):
-    """AdaLoRA's number of triplets after 0-based `step`: b0 up to t_i, falling by a cube to bT at max_iters - t_f."""
-    if step <= t_i:
-        return b0
-    if step > max_iters - t_f:
-        return bT
-    return int(bT + (b0 - bT) * (1 - (step - t_i) / (max_iters - t_f - t_i)) ** 3)
-
-
-def check_budget(max_iters, t_i, t_f, every):
-    """Raises ValueError where AdaLoRA's schedule does not fit into the run."""
-    if not (1 <= t_i and 1 <= t_f and t_i + t_f < max_iters and 1 <= every <= max_iters - t_f - t_i):
-        raise ValueError(
-            f"adalora: {t_i} first and {t_f} last steps at a fixed budget, a cut every {every} steps: together they must fit into the run's {max_iters} steps, each at least 1 (--adalora_first, --adalora_last, --adalora_every)"
-        )
+def budget_steps(max_iters, options):
+    """AdaLoRA's steps at the first budget, at the last, between cuts (below 1: shares) -> t_i, t_f, every"""
+    steps = []
+    for name in ("adalora_first", "adalora_last", "adalora_every"):
+        value = options[name]
+        steps.append(max(1, round(value * max_iters)) if 0 < value < 1 else int(value))
+    t_i, t_f, every = steps
+    if min(steps) < 1 or t_i + t_f >= max_iters or every > max_iters - t_f - t_i:
+        what = f"--adalora_first={t_i}, --adalora_last={t_f}, --adalora_every={every} (steps)"
+        shares = "--adalora_first=0.1 --adalora_last=0.3 --adalora_every=0.01"
+        raise ValueError(f"{what} do not fit into {max_iters} steps; shares of the run do: {shares}")
+    return t_i, t_f, every
 
 
 @torch.no_grad()
-def allocate(model, step, max_iters, r, t_i, t_f, every, beta=0.85):
-    """AdaLoRA, after optimizer.step() of 0-based `step` and before gradients are cleared: keep the budget's most important triplets, zero the others' E.
-
-    Between cuts an E may grow again. r: the mean rank at the end. -> the budget, how many E are not zero.
-    """
-    layers = [m for m in adapted_layers(model).values() if isinstance(m, AdaLoRA)]
-    if step < max_iters - t_f:
-        for m in layers:
-            m.observe(beta)
-    b0 = sum(len(m.E) for m in layers)
-    b = budget(step, max_iters, t_i, t_f, b0, r * len(layers))
-    if (t_i < step <= max_iters - t_f and step % every == 0 or step > max_iters - t_f) and b < b0:
-        scores = [m.importance() for m in layers]
+def allocate(model, step, max_iters, r, cuts, beta=0.85):
+    """Zero AdaLoRA's least important E, after optimizer.step() of 0-based `step`, before gradients go."""
+    t_i, t_f, every = cuts
+    layers = list(adapted_layers(model).values())
+    b0 = sum(len(layer.E) for layer in layers)
+    bT = r * len(layers)
+    # b = bT + (b0 - bT) (1 - p)³, where p rises from 0 at t_i to 1 at max_iters - t_f
+    p = (step - t_i) / (max_iters - t_f - t_i)
+    b = int(bT + (b0 - bT) * (1 - min(max(p, 0), 1)) ** 3)
+    if p < 1:
+        for layer in layers:
+            layer.observe(beta)
+    if (p > 1 or step % every == 0) and b < b0:  # in between, an E may grow again
+        scores = [layer.importance() for layer in layers]
         threshold = torch.cat(scores).kthvalue(b0 - b).values
-        for m, score in zip(layers, scores):
-            m.E[score <= threshold] = 0
-    return b, sum(int(m.E.count_nonzero()) for m in layers)
+        for layer, score in zip(layers, scores):
+            layer.E[score <= threshold] = 0
+    return {"budget": b, "kept": sum(int(layer.E.count_nonzero()) for layer in layers)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules: the step counts from 0
+# ---- Saving and loading, in peft's folder format ----------------------------
 
-
-def lambda_schedule(step, max_iters, lambdas):
-    """λ1 falls by cosine to a tenth; λ2, λ3 are 0 for 20 % of the steps, rise over the next 5 %, then stay (authors' script)."""
-    p = step / max_iters
-    ramp = min(max((p - 0.20) / 0.05, 0.0), 1.0)
-    return lambdas[0] * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2), lambdas[1] * ramp, lambdas[2] * ramp
-
-
-def lr_schedule(step, max_iters, warmup, linear=False):
-    """The factor on the learning rate: linear warm-up over the first `warmup` share of steps, then cosine (PiSSA's script) or linear (GLUE's) decay to 0."""
-    n = warmup * max_iters
-    if step < n:
-        return (step + 1) / (n + 1)
-    p = (step - n) / max(max_iters - n, 1)
-    return 1 - p if linear else 0.5 * (1 + math.cos(math.pi * p))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving and loading, in peft's folder format
+BOTTLENECK = {name: name for name in ("down", "down_bias", "up", "up_bias")}
+FORMS = {  # of a kind of layer: peft_type, {a tensor's name in the file: its name here}
+    LoRA: ("LORA", {"lora_A.weight": "A", "lora_B.weight": "B"}),
+    DoRA: ("LORA", {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}),
+    BiasOffset: ("BITFIT", {"bias_offset": "offset"}),
+    Houlsby: ("HOULSBY", BOTTLENECK),
+    Pfeiffer: ("PFEIFFER", BOTTLENECK),
+}
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary name, flush it to disk, then rename: a kill leaves the old file or the new one, never half of one."""
-    tmp = path + ".tmp"
+    """Call write(file) on a temporary name, then rename: a kill leaves the old file or the new one."""
+    temporary = f"{path}.tmp"
     try:
-        with open(tmp, "wb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        raise OSError(
-            f"cannot write {path} ({getattr(e, 'strerror', None) or e}); what was there before is untouched"
-        ) from None
-    os.replace(tmp, path)
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        why = getattr(e, "strerror", None) or e
+        raise OSError(f"cannot write {path} ({why}); what was there before is untouched") from None
+    os.replace(temporary, path)
 
 
-def save_adapter(model, folder, base=None):
-    """Write the adapter for the *original* checkpoint, under the checkpoint's own layer names: a plain LoRA wherever there is a low-rank change of W.
-
-    B0 zero: lora_A = A, lora_B = B, rank r. Otherwise lora_A = [A; ΔA], lora_B = [ΔB, B0], rank 2r, alpha 2·alpha. Not [A; A0], [B, -B0]: that cancels as soon as
-    somebody casts it to 16 bits. AdaLoRA: the triplets it kept, E in lora_B; layers that kept none are left out. DoRA as peft's, with its magnitudes. BitFit's
-    offsets and bottleneck adapters have no form in peft: only `load_adapter` reads them. A head that trained whole is saved beside, as peft's modules_to_save.
-    base: what to name as the base model.
-    """
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError(
-            "save_adapter: the model has no adapter (a fully tuned model is saved whole, by model.save)"
-        )
-    public = public_name(model)
-    kind = type(next(iter(layers.values())))
-    tensors = {
-        name: {leaf: t.cpu() for leaf, t in found.items()}
-        for name, layer in layers.items()
-        if (found := saved_tensors(layer))
-    }
-    if not tensors:
-        raise ValueError(
-            "save_adapter: every E is zero, so there is no triplet to save; has AdaLoRA taken a step?"
-        )
-    state = {f"{public(name)}.{leaf}": t for name, found in tensors.items() for leaf, t in found.items()}
-    head = {
-        f"{name}.{leaf}": p
-        for name, module in whole(model).items()
-        for leaf, p in module.state_dict().items()
-    }
-    state |= {public(name): p.cpu() for name, p in head.items()}
-    modules = dict.fromkeys(public(name).rpartition(".")[0] for name in head)
-    saved_whole = dict.fromkeys(m.rpartition(".")[0] or m for m in modules)
-    task = (
-        "SEQ_CLS" if head else "SEQ_2_SEQ_LM" if getattr(model, "encoder", None) is not None else "CAUSAL_LM"
-    )
-    config = dict(
-        base_model_name_or_path=base,
-        task_type=task,
-        bias="none",
-        inference_mode=True,
-        modules_to_save=list(saved_whole) or None,
-    )
-    if kind in LINEAR:
-        twice = any(layer.B0 is not None for layer in layers.values()) if kind is LowRank else False
-        form = (
-            "rank 2r: lora_B = [ΔB, B0], lora_A = [A; ΔA]; load onto the original checkpoint"
-            if twice
-            else "lora_A = A, lora_B = B"
-        )
-        ranks = {name: len(found["lora_A.weight"]) for name, found in tensors.items()}
-        config |= lora_config(
-            model,
-            {public(n): r for n, r in ranks.items()},
-            {public(n): layers[n].s * r for n, r in ranks.items()},
-            kind is DoRA,
-        )
-    else:
-        form, config = OWN_FORMS[kind][1], config | dict(peft_type=OWN_FORMS[kind][0])
-    os.makedirs(folder, exist_ok=True)
-    state = {f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
-    write_atomic(
-        os.path.join(folder, "adapter_model.safetensors"),
-        lambda f: f.write(save(state, metadata={"format": "pt", "form": form})),
-    )
-    write_atomic(
-        os.path.join(folder, "adapter_config.json"), lambda f: f.write(json.dumps(config, indent=1).encode())
-    )
+def public_name(model, name):
+    """Our name of a module -> the checkpoint's, or our own where it has none (a dropout)."""
+    return getattr(model, "checkpoint_name", str)(name) or name
 
 
-OWN_FORMS = {  # what peft has no form for: peft_type, what the file holds
-    BiasOffset: ("BITFIT", "bias_offset = Δb, to be added to the layer's bias"),
-    Houlsby: ("HOULSBY", "h + up SiLU(down h + down_bias) + up_bias behind a dropout"),
-    Pfeiffer: ("PFEIFFER", "LN(f(LN u) + u), f(z) = up ReLU(down z + down_bias) + up_bias, in place of LN u"),
-}
-
-
-def public_name(model):
-    """-> function: our name of a module -> the checkpoint's, or our own where the checkpoint has none (a dropout)."""
-    return lambda name: getattr(model, "checkpoint_name", lambda name: name)(name) or name
+def head_tensors(model):
+    """-> {the checkpoint's name: tensor} of what trains whole"""
+    found = {}
+    for name, module in trained_whole(model).items():
+        tensors = module.state_dict(keep_vars=True)
+        found |= {public_name(model, f"{name}.{leaf}"): tensor for leaf, tensor in tensors.items()}
+    return found
 
 
 @torch.no_grad()
-def saved_tensors(layer):
-    """-> {leaf: tensor} of an adapted layer as it stands in the file."""
-    if isinstance(layer, BiasOffset):
-        return {"bias_offset": layer.offset}
-    if isinstance(layer, Houlsby):
-        return {leaf: getattr(layer, leaf) for leaf in ("down", "down_bias", "up", "up_bias")}
-    B, A = layer.bracket()
-    if isinstance(layer, AdaLoRA):
-        kept = layer.E != 0
-        return {"lora_A.weight": A[kept], "lora_B.weight": B[:, kept] / layer.s} if kept.any() else {}
-    return {"lora_A.weight": A, "lora_B.weight": B / layer.s} | (
-        {"lora_magnitude_vector": layer.m} if isinstance(layer, DoRA) else {}
-    )
+def save_adapter(model, folder, base=None):
+    """Write the adapter for the *original* checkpoint, as a plain LoRA wherever W changes by low rank.
 
-
-def lora_config(model, ranks, alphas, dora):
-    """peft's fields for layers {checkpoint's name: rank}, {name: alpha}; what is not the most common rank goes into the patterns, under full names."""
-    public = public_name(model)
-    rank, alpha = (
-        Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas)
-    )
-    leaves = {name.rsplit(".", 1)[-1] for name in ranks}
-    others = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, *LINEAR))
-        and public(n) not in ranks
-        and public(n).rsplit(".", 1)[-1] in leaves
-    ]
-    return dict(
-        peft_type="LORA",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        rank_pattern={n: r for n, r in ranks.items() if r != rank},
-        alpha_pattern={n: a for n, a in alphas.items() if a != alpha},
-        target_modules=sorted(ranks if others else leaves),
-        fan_in_fan_out=False,
-        use_rslora=False,
-        use_dora=dora,
-    )
+    lora_B = s [ΔB, B0], lora_A = [A; ΔA] (LoRA and its kin: s B, A), and lora_alpha = r: its scale is 1.
+    BitFit and bottlenecks have a form of ours. base: what to name as the base model.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("save_adapter: the model has no adapter (full tuning saves all of it: model.save)")
+    kind = type(next(iter(layers.values())))
+    peft_type, leaves = FORMS.get(kind, FORMS[LoRA])
+    head = head_tensors(model)
+    state = dict(head)
+    ranks = {}
+    for name, layer in layers.items():
+        place = public_name(model, name)
+        tensors = {leaf: getattr(layer, own) for leaf, own in leaves.items()}
+        if peft_type == "LORA":
+            tensors["lora_B.weight"], tensors["lora_A.weight"] = layer.factors()
+            ranks[place] = len(tensors["lora_A.weight"])
+        state |= {f"{place}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    task = "CAUSAL_LM" if getattr(model, "encoder", None) is None else "SEQ_2_SEQ_LM"
+    modules = {name.rpartition(".")[0] for name in head}  # such as classifier.dense
+    config = dict(peft_type=peft_type, task_type="SEQ_CLS" if head else task, base_model_name_or_path=base)
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] or name for name in modules}) or None
+    if ranks:
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        pattern = {name: n for name, n in ranks.items() if n != rank}  # CorDA++
+        last = {name.rpartition(".")[2] for name in ranks}
+        plain = [public_name(model, name) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        partly = any(name.rpartition(".")[2] in last for name in plain)  # then full names tell which ones
+        config |= dict(r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, bias="none")
+        config |= dict(target_modules=sorted(ranks if partly else last), use_dora=kind is DoRA)
+    state = {f"base_model.model.{name}": t.cpu().contiguous() for name, t in state.items()}
+    weights = save(state, {"format": "pt", "form": "lora_B = s [ΔB, B0], lora_A = [A; ΔA]"})
+    os.makedirs(folder, exist_ok=True)
+    text = json.dumps(config, indent=1).encode()
+    write_atomic(os.path.join(folder, "adapter_model.safetensors"), methodcaller("write", weights))
+    write_atomic(os.path.join(folder, "adapter_config.json"), methodcaller("write", text))
 
 
 def load_adapter(model, folder):
-    """Put a LoRA or a DoRA in peft's folder format (ours or peft's own), or one of our own forms, on a model that has none. -> number of layers. A low-rank change is a plain LoRA afterwards.
-
-    Raises ValueError: another method, a variant that is more than s B A, layers missing or unknown, shapes that do not fit.
-    """
-    path = os.path.join(folder, "adapter_config.json")
-    if not os.path.exists(path):
-        raise ValueError(f"{folder}: no adapter_config.json; expected a folder in peft's format")
-    try:
-        with open(path) as f:
-            config = json.load(f)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
-    extra = [k for k in ("fan_in_fan_out", "lora_bias") if config.get(k)] + ["bias"] * (
-        config.get("bias", "none") != "none"
-    )
-    if str(config.get("init_lora_weights")).split("_niter")[0] in (
-        "pissa",
-        "olora",
-        "corda",
-        "loftq",
-        "lora_ga",
-        "milora",
-    ):
-        raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights that initialisation changed; "
-            "convert it in peft (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    kinds = {"LORA": DoRA if config.get("use_dora") else LowRank} | {
-        name: kind for kind, (name, _) in OWN_FORMS.items()
-    }
-    kind = kinds.get(config.get("peft_type"))
-    if kind is None or extra:
-        raise ValueError(
-            f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}; plain LoRA, DoRA and this project's own forms can be loaded"
-        )
+    """Put a saved LoRA, DoRA or form of ours on a plain model, unchanged if it does not fit -> layers"""
+    config, kind = read_config(folder)
+    path = os.path.join(folder, "adapter_model.safetensors")
     if adapted_layers(model):
-        raise ValueError(
-            "load_adapter: this model already has an adapter: merge it first, or load the model anew"
-        )
-    weights = os.path.join(folder, "adapter_model.safetensors")
+        raise ValueError("this model already has an adapter: merge it first, or load the model anew")
     try:
-        with safe_open(weights, "pt") as f:
+        with safe_open(path, "pt") as f:
             state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, FileNotFoundError) as e:
-        raise ValueError(f"{weights}: cannot be read ({e}); is it whole?") from None
-    public = public_name(model)
-    head = {
-        public(f"{name}.{leaf}"): p
-        for name, module in whole(model).items()
-        for leaf, p in module.state_dict(keep_vars=True).items()
-    }
-    if lacking := head.keys() - state.keys():
-        raise ValueError(
-            f"{folder}: no {', '.join(sorted(lacking)[:3])} in it, and the model's own head is new; was it tuned as a language model?"
-        )
-    for name in head:
-        if state[name].shape != head[name].shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {list(state[name].shape)}, the model's is {list(head[name].shape)}; another number of classes?"
-            )
-    tuned_head = {name: state.pop(name) for name in head}
-    ours, leaves = {public(name): name for name in adaptable(model, kind)[0]}, LEAVES[kind]
-    layers = dict.fromkeys(re.sub(rf"\.({'|'.join(map(re.escape, leaves))})$", "", key) for key in state)
-    wrong = [n for n in layers if n not in ours] + [
-        k for n in layers for k in (f"{n}.{leaf}" for leaf in leaves) if k not in state
-    ]
-    if wrong or len(state) != len(leaves) * len(layers):
-        raise ValueError(
-            f"{folder}: no place for, or no counterpart to, {', '.join(wrong[:5]) or 'some tensors'}; is it an adapter of this model?"
-        )
-    made = {
-        ours[name]: loaded_layer(
-            model,
-            kind,
-            model.get_submodule(ours[name]),
-            name,
-            config,
-            folder,
-            {leaf: state[f"{name}.{leaf}"] for leaf in leaves},
-        )
-        for name in layers
-    }
+        raise ValueError(f"{path}: cannot be read ({e}); is it whole?") from None
+    places = head_tensors(model)  # {name in the file: the tensor of ours that it fills}
+    ours = {public_name(model, name): name for name in adaptable(model, kind)}
+    leaves = FORMS[kind][1]
+    ends = tuple(f".{leaf}" for leaf in leaves)
+    names = sorted({key.removesuffix(end) for key in state for end in ends if key.endswith(end)})
+    expected = places.keys() | {name + end for name in names for end in ends}
+    wrong = sorted((set(names) - ours.keys()) | (expected ^ state.keys()))
+    if wrong:
+        what = f"no place for, or no counterpart to, {', '.join(wrong[:5])}"
+        raise ValueError(f"{path}: {what}; is it an adapter of this model (a classifier's has its head)?")
+    layers = {}
+    for name in names:
+        rank = len(state[name + ends[0]])
+        s = lora_scale(config, name, rank)
+        layer = layers[ours[name]] = new_layer(model, ours[name], kind, 0, rank, s)
+        places |= {f"{name}.{leaf}": getattr(layer, own) for leaf, own in leaves.items()}
+    for name, p in places.items():
+        if state[name].shape != p.shape:
+            what = f"{path}: {name} has shape {list(state[name].shape)}, the model's is {list(p.shape)}"
+            raise ValueError(f"{what}; another model, or another number of classes?")
     model.requires_grad_(False)  # nothing was changed up to here
-    for name, layer in made.items():
-        replace(model, name, layer)
-    for name, tensor in tuned_head.items():
-        head[name].data = tensor.to(head[name])
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    for name, p in places.items():
+        p.data = state[name].to(p, copy=True)
     return len(layers)
 
 
-LEAVES = {
-    LowRank: ("lora_A.weight", "lora_B.weight"),
-    DoRA: ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
-    BiasOffset: ("bias_offset",),
-    **dict.fromkeys((Houlsby, Pfeiffer), ("down", "down_bias", "up", "up_bias")),
-}
+def read_config(folder):
+    """-> the record of adapter_config.json, the kind of layer that it asks for"""
+    path = os.path.join(folder, "adapter_config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not there, or not JSON ({e}); expected a peft folder") from None
+    start = str(config.get("init_lora_weights"))
+    if start.split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
+        what = f"{path}: init_lora_weights={start!r} belongs to a base whose weights that changed; convert it"
+        raise ValueError(f"{what} in peft (save_pretrained with path_initial_model_for_weight_conversion)")
+    variants = ("fan_in_fan_out", "lora_bias", "bias")
+    extra = [name for name in variants if config.get(name) not in (None, False, "none")]
+    kinds = {peft_type: kind for kind, (peft_type, _) in FORMS.items()}
+    kinds["LORA"] = DoRA if config.get("use_dora") else LoRA
+    kind = kinds.get(config.get("peft_type"))
+    if kind is None or extra:
+        what = f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}"
+        raise ValueError(f"{what}; plain LoRA, DoRA and this project's own forms can be loaded")
+    return config, kind
 
 
-def loaded_layer(model, kind, module, name, config, folder, tensors):
-    """The adapted layer that saved tensors make of a plain one."""
-    if kind in OWN_FORMS:
-        layer = (
-            BiasOffset(module)
-            if kind is BiasOffset
-            else kind(module, model.width, len(tensors["down"]), torch.Generator())
-        )
-        places = (
-            {"bias_offset": layer.offset}
-            if kind is BiasOffset
-            else {leaf: getattr(layer, leaf) for leaf in tensors}
-        )
-        device = next(model.parameters()).device
-    else:
-        A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
-        if (B.shape[0], A.shape[1]) != tuple(module.weight.shape):
-            raise ValueError(
-                f"{folder}: {name} has lora_B {list(B.shape)} and lora_A {list(A.shape)}, the layer is {list(module.weight.shape)}"
-            )
-        alpha = next(
-            (
-                a
-                for pattern, a in config.get("alpha_pattern", {}).items()
-                if re.fullmatch(rf"(.*\.)?({pattern})", name)
-            ),
-            config["lora_alpha"],
-        )
-        device = module.weight.device
-        layer = kind(
-            module, A.to(device), None, alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
-        )
-        places = {"lora_B.weight": layer.B} | ({"lora_magnitude_vector": layer.m} if kind is DoRA else {})
-    for leaf, p in places.items():
-        if tensors[leaf].shape != p.shape:
-            raise ValueError(
-                f"{folder}: {name} has {leaf} {list(tensors[leaf].shape)}, the layer's is {list(p.shape)}"
-            )
-        p.data = tensors[leaf].float().to(device)
-    return layer
+def lora_scale(config, name, rank):
+    """s of a layer, from peft's alpha, its patterns and rsLoRA's root"""
+    patterns = config.get("alpha_pattern", {})
+    alphas = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+    alpha = [*alphas, config.get("lora_alpha", rank)][0]
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

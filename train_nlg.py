@@ -1,597 +1,1166 @@
-"""Instruction tuning with BA-LoRA or one of the methods it is compared with, on one device.
+"""Instruction tuning (NLG) with BA-LoRA, or with one of the methods it is compared with.
 
-    python train_nlg.py                                               # no download: pre-trains a tiny model, tunes it, a CPU will do
-    python train_nlg.py --init=smollm2-135m --data=path/to/gsm8k.jsonl    # real weights and text, an hour on a laptop's CPU
-    python train_nlg.py --init=llama2-7b                              # the paper's run: one GPU of 80 GB
+    python train_nlg.py                                             # a tiny model: two minutes on a CPU
+    python train_nlg.py --init=out/smollm2-135m --data=gsm8k.jsonl  # real weights and text: an hour on a CPU
+    python train_nlg.py --init=llama2-7b                            # the poster's run: one GPU
 
-Every setting is a line below and an option on the command line (--name=value, --help). A run writes config.json, log.jsonl, eval.json,
-checkpoint.pt, adapter/ and loss.png to its folder; the same command with --resume goes on after an interruption, bit for bit.
+Every setting is a line below and an option on the command line (--help lists them all). A run writes
+config.json, log.jsonl, eval.json, checkpoint.pt, adapter/ and loss.png into its folder. After an interruption
+the same command with --resume goes on, bit for bit on a CPU.
+
+At first reading skip to `main`: the loop is one page. The sections before it serve all three scripts.
 """
 
+import argparse
+import copy
+import csv
 import dataclasses
+import functools
+import glob
+import gzip
 import hashlib
+import inspect
+import io
 import json
+import math
 import os
 import random
+import re
 import shutil
+import statistics
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import balora
-import eval
 import model
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Settings
 
 
+# fmt: off
 @dataclass
 class Settings:
     """Instruction tuning (NLG). A preset of --init replaces defaults, the command line wins."""
-
-    init: str = "tiny"  # tiny, smollm2-135m, llama2-7b, a Hugging Face folder, or a .gguf file
-    method: str = (
-        "balora"  # full, lora, lora+, lora-fa, lora-ga, adalora, dora, pissa, milora, corda, corda++, balora
-    )
-    out_dir: str = ""  # run folder; empty: out/INIT-METHOD-SEED
-    resume: bool = False  # go on with the run in out_dir
-    overwrite: bool = False  # replace the run in out_dir
-    dry_run: bool = False  # print layers, parameters and a memory estimate; load no weights
-    seed: int = 0  # of everything random; for tiny it covers pre-training
+    init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, or a Hugging Face folder
+    method: str = "balora"            # balora, pissa, lora, full, ...: balora.METHODS lists them
+    out_dir: str = ""                 # run folder; empty: out/INIT-METHOD-SEED
+    resume: bool = False              # go on with the run in out_dir
+    overwrite: bool = False           # replace the run in out_dir
+    dry_run: bool = False             # print layers, parameters and a memory estimate; load no weights
+    seed: int = 0                     # of everything random; for tiny it covers pre-training
     # data
-    data: str = (
-        ""  # .json .jsonl .parquet .csv file or hub name[:split]; empty: the corpus that tiny comes with
-    )
-    max_rows: int = 0  # use the first N rows; 0: all
-    eval_rows: int = 256  # held out: the last N rows
-    prompt_field: str = ""  # name of the instruction's field; empty: recognised
-    response_field: str = ""  # name of the response's field; empty: recognised
-    template: str = "alpaca"  # alpaca, plain, or text with {instruction}
-    max_len: int = 512  # tokens of prompt + response; longer rows are dropped
+    data: str = ""                    # .json .jsonl .csv .parquet file or hub name[:split]; tiny has its own
+    max_rows: int = 0                 # use the first N rows; 0: all
+    eval_rows: int = 256              # held out: the last N rows
+    prompt_field: str = ""            # name of the instruction's field; empty: recognised
+    response_field: str = ""          # name of the response's field; empty: recognised
+    template: str = "alpaca"          # alpaca, plain, or text with {instruction}
+    max_len: int = 512                # tokens of prompt + response; longer rows are dropped
     # adapter
-    r: int = 16  # rank, at least 1
-    alpha: float = 16  # the bracket counts alpha / r, above 0
-    targets: str = ""  # comma-separated layer names or patterns; empty: the seven projections
-    niter: int = 10  # rounds of the fast SVD; 0: exact
-    oversample: int = 8  # extra directions of the fast SVD
-    lora_plus_ratio: float = 16  # lora+: B learns this many times as fast as A, at least 1
-    correct_B: bool = False  # lora-fa: its second version, which corrects B's gradient
-    gamma: float = 16  # lora-ga: A0 and B0 have the size out^(1/4) / sqrt(gamma), above 0
-    keep: str = "first"  # corda, corda++: adapt what the calibration rows use (first, IPM) or what they do not (last, KPM)
-    calibration_data: str = ""  # corda, corda++: text to measure on, a file or hub name[:split] (KPM: questions to go on knowing); empty: training rows
-    calibration: int = (
-        64  # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
-    )
-    rounds: int = 5  # corda++: covariances for each layer to choose from, of so many rows each, at least 1
-    adalora_first: int | None = (
-        None  # adalora: steps at the first budget, 1.5 r a layer; None: a tenth of the run
-    )
-    adalora_last: int | None = (
-        None  # adalora: steps at the last budget, r a layer; None: three tenths of the run
-    )
-    adalora_every: int | None = None  # adalora: steps between cuts; None: a hundredth of the run
-    orthogonality: float = 0.1  # adalora: weight of its regularizer, at least 0
+    r: int = 16                       # rank, at least 1
+    alpha: float = 16                 # the bracket counts alpha / r, above 0
+    targets: str = ""                 # comma-separated layer names or patterns; empty: the seven projections
+    calibration: int = 64             # lora-ga, corda, corda++: rows to measure on (CorDA's paper: 256)
+    calibration_data: str = ""        # corda, corda++: other rows to measure on; empty: training rows
+    options: dict = field(default_factory=dict)  # the method's own options, such as --niter=0 with pissa
     # objective
-    lambda1: float | None = None  # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
-    lambda2: float | None = None  # weight of L_DR, at least 0; None: 0.005 with balora, 0 without
-    lambda3: float | None = None  # weight of L_SVDR, at least 0; None: 0.005 with balora, 0 without
-    T: float = 2.0  # temperature of L_CR, above 0
-    K: int = 20  # top-K tokens of L_DR, at least 1
-    k: int = 10  # leading singular values of L_SVDR, at least 1
-    schedule: bool = True  # the paper's schedules of the three weights; false: constant
-    label_smoothing: float = 0.0  # a control beside L_CR, in [0, 1)
-    dropout: float = (
-        0.0  # of what attention and MLP add, while training; another control, LLaMA has none: in [0, 1)
-    )
-    consistency_rate: float = 1.0  # share of each step's sequences that the teacher reads, in (0, 1]
+    lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
+    lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.005 with balora, 0 without
+    lambda3: float | None = None      # weight of L_SVDR, at least 0; None: 0.005 with balora, 0 without
+    T: float = 2.0                    # temperature of L_CR, above 0
+    K: int = 20                       # top-K tokens of L_DR, at least 1
+    k: int = 10                       # leading singular values of L_SVDR, at least 1
+    schedule: bool = True             # the paper's schedules of the three weights; --no-schedule: constant
+    teacher_every: int = 1            # ask the teacher at every n-th step, where L_CR then counts n-fold
+    label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
     # optimization
-    learning_rate: float = 2e-4  # peak, reached after warm-up, then cosine to 0
-    warmup: float = 0.03  # share of the steps
-    batch_size: int = 16  # sequences an optimizer step
-    micro_batch: int = 0  # sequences at a time; 0: batch_size
-    epochs: float = 1.0  # passes over the data
-    max_iters: int = 0  # optimizer steps; 0: what epochs gives
-    weight_decay: float = 0.0  # AdamW's, decoupled
-    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    learning_rate: float = 2e-4       # peak, reached after warm-up, then cosine to 0
+    warmup: float = 0.03              # share of the steps
+    batch_size: int = 16              # sequences per optimizer step
+    micro_batch: int = 0              # sequences at a time; 0: batch_size
+    epochs: float = 1.0               # passes over the data
+    max_iters: int = 0                # optimizer steps; 0: what epochs gives
+    weight_decay: float = 0.0         # AdamW's, decoupled
+    grad_clip: float = 0.0            # largest gradient norm; 0: no clipping
     # machine
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # of frozen weights and of computing: auto, float32, bfloat16
-    compile: bool = False  # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
-    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    fused: bool | None = None  # AdamW in one kernel; None: on CUDA
+    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
+    checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
     # evaluation and saving
-    eval_interval: int = (
-        50  # optimizer steps between evaluations on the held-out rows, each followed by a checkpoint
-    )
-    eval_iters: int = 0  # micro-batches of held-out rows that an evaluation reads, from the first on; 0: all
-    save_interval: int = 0  # optimizer steps between further checkpoints; 0: none
-    eval_generate: int = (
-        16  # held-out prompts to answer at each evaluation (exact match, distinct-n); 0: none
-    )
-    max_new: int = 256  # tokens an answer may take
-    log_interval: int = 10  # optimizer steps between printed lines
+    eval_interval: int = 50           # steps between evaluations on held-out rows; a checkpoint follows each
+    eval_generate: int = 16           # held-out prompts to answer at each evaluation; 0: none
+    max_new: int = 256                # tokens an answer may take
+    log_interval: int = 10            # steps between printed lines
     # the tiny model's pre-training
-    pretrain_noise: float = 0.2  # share of its problems with a wrong answer, in [0, 1]
-    pretrain_iters: int = 900  # optimizer steps
+    pretrain_noise: float = 0.2       # share of its problems with a wrong answer, in [0, 1]
+    pretrain_iters: int = 900         # optimizer steps
 
 
 PRESETS = {
-    "tiny": dict(
-        template="plain",
-        r=8,
-        alpha=8,
-        learning_rate=2e-3,
-        max_len=160,
-        epochs=2,
-        eval_interval=1000,
-        eval_generate=200,
-        max_new=48,
-    ),
+    "tiny": dict(template="plain", r=8, alpha=8, learning_rate=2e-3, max_len=160, epochs=2,
+                 eval_interval=1000, eval_generate=200, max_new=48),
     "smollm2-135m": dict(data="openai/gsm8k:train", eval_rows=473, dtype="bfloat16"),
-    "llama2-7b": dict(
-        data="meta-math/MetaMathQA:train[:100512]",
-        r=128,
-        alpha=128,
-        learning_rate=2e-5,
-        batch_size=128,
-        micro_batch=8,
-        dtype="bfloat16",
-        checkpointing=True,
-        niter=16,
-        eval_rows=512,
-        eval_interval=100,
-        log_interval=1,
-    ),
+    "llama2-7b": dict(data="meta-math/MetaMathQA:train[:100512]", r=128, alpha=128, learning_rate=2e-5,
+                      batch_size=128, micro_batch=8, dtype="bfloat16", checkpointing=True,
+                      eval_rows=512, eval_interval=100, log_interval=1),
 }
+POSITIVE = ("r alpha T K k teacher_every epochs batch_size micro_batch max_len eval_rows eval_interval "
+            "log_interval max_new calibration")       # above 0; every other number: at least 0
+SHARES = "warmup pretrain_noise label_smoothing"      # at most 1
+# fmt: on
 
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    eval.check_method(s, eval.LAMBDAS["nlg"])
+    check_method(s, paper_lambdas=(0.025, 0.005, 0.005))
     if s.method in balora.ENCODERS_ONLY:
-        raise ValueError(
-            f"--method={s.method} is for encoders with biases and post-norm blocks (train_nlu.py); a decoder of the LLaMA family has neither"
-        )
-    if s.calibration_data and balora.METHODS[s.method].needs is not balora.covariances:
-        raise ValueError(
-            f"--calibration_data={s.calibration_data}: only corda and corda++ measure on it, not {s.method}; leave it out"
-        )
-    s.out_dir = s.out_dir or os.path.join(
-        "out", f"{os.path.basename(os.path.normpath(s.init))}-{s.method}-{s.seed}"
-    )
+        raise ValueError(f"--method={s.method} needs an encoder with biases, which train_nlu.py tunes")
+    if s.calibration_data and balora.METHODS[s.method].statistic is not balora.covariances:
+        raise ValueError(f"--calibration_data: only corda and corda++ measure on it, not {s.method}")
+    if not (s.data or s.dry_run or s.init == "tiny"):
+        raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
+    s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
-    eval.in_range(
-        s,
-        (
-            (
-                lambda v: v >= 1,
-                "r K k batch_size micro_batch max_len eval_rows eval_interval log_interval max_new lora_plus_ratio calibration rounds "
-                "adalora_first adalora_last adalora_every",
-            ),
-            (lambda v: v > 0, "alpha T epochs gamma"),
-            (
-                lambda v: v >= 0,
-                "lambda1 lambda2 lambda3 learning_rate weight_decay grad_clip max_rows max_iters niter oversample eval_iters eval_generate save_interval orthogonality",
-            ),
-            (lambda v: 0 < v <= 1, "consistency_rate"),
-            (lambda v: 0 <= v <= 1, "pretrain_noise warmup"),
-            (lambda v: 0 <= v < 1, "label_smoothing dropout"),
-        ),
+    check_numbers(s, POSITIVE, SHARES)
+
+
+# -----------------------------------------------------------------------------
+# The command line: a dataclass is the settings block, the comment behind a field is its help text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors, which `run_main` prints in one line."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: --([^ =]*)", message)
+        if unknown:
+            names = [option.lstrip("-") for option in self._option_string_actions]
+            hint = balora.nearest(unknown[1], names)
+            message = f"unknown option --{unknown[1]}: {hint}--help lists them all"
+        raise ValueError(message)
+
+    def option(self, name, kind, note):
+        """--name=value or --name value; of a bool also --name and --no-name. Absent where it is not given."""
+        more = dict(type=kind, metavar=kind.__name__)
+        if kind is bool:
+            more = dict(nargs="?", const=True, type=truth, metavar="true|false")
+            hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            self.add_argument(f"--no-{name}", dest=name, action="store_false", **hidden)
+        self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note.replace("%", "%%"), **more)
+
+
+def truth(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse(cls, argv, presets, by):
+    """Command line -> an instance of the settings dataclass `cls`.
+
+    presets[value of a field named in `by`] replaces defaults, the command line wins. Of --init=some/folder
+    the last name chooses. The methods' own options are options, too: those given are in `settings.options`.
+    """
+    parser = Parser(description=cls.__doc__, allow_abbrev=False)
+    notes = field_notes(cls)
+    for f in dataclasses.fields(cls):
+        if f.name != "options":
+            kind = float if f.default is None else type(f.default)
+            parser.option(f.name, kind, f"{notes[f.name]} (default: {f.default})")
+    own = {name: default for spec in balora.METHODS.values() for name, default in spec.options.items()}
+    for name, default in own.items():
+        methods = [method for method, spec in balora.METHODS.items() if name in spec.options]
+        parser.option(name, type(default), f"of {', '.join(methods)} (default: {default})")
+    given = vars(parser.parse_args(argv))
+    options = {name: given.pop(name) for name in own if name in given}
+    preset = {}
+    for name in by:
+        value = given.get(name, preset.get(name, getattr(cls, name)))
+        preset.update(presets.get(last_name(value), {}))
+    return cls(**{**preset, **given}, options=options)
+
+
+def field_notes(cls):
+    """The comment behind each field of a dataclass."""
+    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.M))
+
+
+def last_name(path):
+    return os.path.basename(os.path.normpath(path))
+
+
+def check_numbers(s, positive, shares):
+    """Every number is finite and at least 0, those named in `positive` above 0, in `shares` at most 1."""
+    for name, value in {**dataclasses.asdict(s), **s.options}.items():
+        if isinstance(value, int | float):
+            low = "above 0" if name in positive.split() else "at least 0"
+            high = " and at most 1" if name in shares.split() else ""
+            wrong = value < 0 or (low == "above 0" and value == 0) or (high and value > 1)
+            if wrong or not math.isfinite(value):
+                raise ValueError(f"--{name}={value} is out of range: expected a number {low}{high}")
+
+
+def check_method(s, paper_lambdas):
+    """Refuse an unknown method and options of another one; fill in its own options and λ1, λ2, λ3."""
+    s.options = balora.method_options(s.method, s.options)
+    for name, value in zip(("lambda1", "lambda2", "lambda3"), paper_lambdas):
+        if getattr(s, name) is None:
+            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+    for f in dataclasses.fields(s):
+        if f.name.startswith("pretrain") and s.init != "tiny" and getattr(s, f.name) != f.default:
+            raise ValueError(f"--{f.name} with --init={s.init}: only tiny is pre-trained here; leave it out")
+
+
+def run_main(main):
+    """Run main(argv). What a user caused is one line and exit code 2; a bug of ours keeps its traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as e:
+        origin = traceback.extract_tb(e.__traceback__)[-1].filename
+        ours = os.path.dirname(os.path.abspath(origin)) == os.path.dirname(os.path.abspath(__file__))
+        if isinstance(e, ValueError) and not ours:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was (training: add --resume)", file=sys.stderr)
+        sys.exit(130)
+
+
+# -----------------------------------------------------------------------------
+# Device, precision, memory
+
+
+def pick_device(device):
+    """Of "auto": CUDA, then MPS, then the CPU; a device that is not here is an error."""
+    if device == "auto":
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(kind for kind in here if here[kind])
+    try:
+        torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # memory figures and names then mean this one
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device={device}: {reason}; use auto, cpu, cuda, cuda:N or mps") from None
+    return device
+
+
+def pick_dtype(dtype, device):
+    """Of "auto": bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16")
+    if dtype == "auto":
+        able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if able else "float32"
+    return getattr(torch, dtype)
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+class FusedAttention(torch.autograd.Function):
+    """For the estimate: keeps what a fused attention kernel keeps, q, k, v and the output, but no scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, bias, y)
+        return y
+
+
+def fused_attention(q, k, v, attn_mask=None, *others, **options):
+    return FusedAttention.apply(q, k, v, attn_mask)
+
+
+def kept_bytes(function, *args):
+    """Bytes that autograd keeps of function(*args) for the backward pass, parameters apart. (Meta device.)"""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            result = function(*args)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result  # it held the graph while we counted
+    return total
+
+
+def peak_memory(device):
+    """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) / 2**20
+    return math.nan  # only Linux tells without a further package
+
+
+def print_estimate(s, net, report, ids, extra=None):
+    """--dry_run: what attach matched, and the memory of a step. net, ids [B, L] are on the meta device."""
+    if net.n_classes:
+        activations = kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
+    else:
+        activations = kept_bytes(net.hidden, ids)
+    width = net.embed.weight.element_size()
+    if s.checkpointing:  # one block in full, and the input of each
+        inputs = net.config.n_layers * ids.numel() * net.config.d * width
+        activations = activations / net.config.n_layers + inputs
+    tensors = [*net.parameters(), *net.buffers()]
+    copies = 2 * report.total if s.method == "full" and width == 2 else 0
+    parts = {
+        "frozen weights": sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad),
+        "what trains, its gradients, AdamW's moments (fp32)": 16 * report.trainable,
+        "16-bit copies of fp32 weights (autocast)": copies,
+        f"activations, {ids.shape[0]} x {ids.shape[1]} tokens": activations,
+        **(extra or {}),
+    }
+    parts["together"] = sum(parts.values())
+    print(f"{report}\ntokens per step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
+    print("memory, estimated (GiB)")
+    for name, size in parts.items():
+        if size:
+            print(f"  {name:<54}{size / 2**30:8.2f}")
+    if balora.METHODS[s.method].statistic:
+        print(f"before training, what the method measures: up to {balora.GROUP / 2**30:.0f} GiB at a time")
+
+
+# -----------------------------------------------------------------------------
+# A run's folder: config.json, log.jsonl, eval.json, checkpoint.pt, adapter/, loss.png
+
+FREE = ("resume", "overwrite", "out_dir", "dry_run")  # settings that do not make another run
+RUN_FILES = ("log.jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png", "adapter", "model")
+
+
+class Run:
+    """The folder of a run, which --resume goes on with."""
+
+    def __init__(self, s):
+        """Raises ValueError where the folder holds another run, before anything slow has happened."""
+        self.s = s
+        self.out = s.out_dir
+        self.record = None  # config.json, of a run that is there already
+        self.evaluations = []  # eval.json
+        if not os.path.exists(self.path("config.json")):
+            return
+        self.record = read_run(self.out)
+        old = self.record["settings"]
+        new = dataclasses.asdict(s)
+        changed = [name for name in new if name not in FREE and old.get(name) != new[name]]
+        words = "; ".join(f"{name} ({old.get(name)} there, {new[name]} here)" for name in changed[:3])
+        if s.resume and changed:
+            raise ValueError(f"--resume: {self.out} was run with other settings: {words}")
+        if changed and not s.overwrite:
+            raise ValueError(
+                f"{self.out} holds another run: {words}; choose another --out_dir or --overwrite"
+            )
+        if not (s.resume or s.overwrite):
+            raise ValueError(f"{self.out} holds this run: --resume goes on with it, --overwrite repeats it")
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def checkpoint(self, net):
+        """-> the checkpoint that --resume goes on from, or None."""
+        path = self.path("checkpoint.pt")
+        if not (self.s.resume and os.path.exists(path)):
+            return None
+        there = self.record["weights_hash"]
+        if there != net.weights_hash:
+            raise ValueError(f"--resume: {self.out} was run on weights {there}, these are {net.weights_hash}")
+        try:
+            start = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # whatever a broken file makes torch trip over
+            raise ValueError(f"{path}: cannot be read ({type(e).__name__}); is it whole?") from None
+        print(f"--resume: {self.out} goes on after step {start['step']}")
+        return start
+
+    def begin(self, net, optimizer, start, base, device, **more):
+        """Write config.json; restore the optimizer and random states of `start`. -> the step to go on with"""
+        step = 0
+        session = dict(device=device_name(device), torch=torch.__version__, commit=git_commit())
+        if start:
+            step = start["step"]
+            optimizer.load_state_dict(start["optimizer"])
+            torch.set_rng_state(start["rng"])
+            if start["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(start["cuda_rng"])
+            self.record["resumed"] = [*self.record.get("resumed", []), dict(session, step=step)]
+        else:
+            self.clear()
+            base = os.path.abspath(base) if os.path.exists(base) else base
+            self.record = dict(settings=dataclasses.asdict(self.s), source=net.source, base=base)
+            self.record |= dict(weights_hash=net.weights_hash, **session, **more)
+        os.makedirs(self.out, exist_ok=True)
+        write_json(self.path("config.json"), self.record)
+        # Drop records after `step` and an incomplete last line.
+        kept = [record for record in read_lines(self.path("log.jsonl")) if record["step"] <= step]
+        write_text(self.path("log.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
+        if start:
+            self.evaluations = [r for r in read_json(self.path("eval.json")) if r["step"] <= step]
+        return step
+
+    def clear(self):
+        """Delete what an earlier run left here, its benchmarks' answers too."""
+        if self.record:
+            answers = glob.glob(os.path.join(glob.escape(self.out), "*.jsonl"))
+            for path in [*map(self.path, RUN_FILES), *answers]:
+                if os.path.isdir(path):
+                    shutil.rmtree(path)
+                elif os.path.exists(path):
+                    os.remove(path)
+
+    def add_evaluation(self, record):
+        """Print it, and put it into eval.json."""
+        self.evaluations.append(record)
+        write_json(self.path("eval.json"), self.evaluations)
+        shown = [f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float)]
+        print(f"eval at step {record['step']} | " + " | ".join(shown), flush=True)
+
+    def save(self, step, net, optimizer, **more):
+        """Write checkpoint.pt: all that a run needs to go on from `step`."""
+        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        state = dict(step=step, net=trained_state(net), optimizer=optimizer.state_dict(), **more)
+        state |= dict(rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        balora.write_atomic(self.path("checkpoint.pt"), functools.partial(torch.save, state))
+
+    def check_finite(self, step, lr, *values):
+        """Raises ValueError where a tensor or number of this step is not finite."""
+        if not all(torch.as_tensor(value).isfinite().all() for value in values):
+            reason = f"the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})"
+            raise ValueError(f"step {step}: {reason}. The last checkpoint is kept")
+
+
+def trained_state(net):
+    """-> {name: tensor}: what training changes, and the buffers (A0, B0), which are never computed twice."""
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
+
+
+def git_commit():
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def write_text(path, text):
+    def write(f):
+        f.write(text.encode())
+
+    balora.write_atomic(path, write)
+
+
+def write_json(path, record):
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: cannot be read ({e})") from None
+
+
+def read_run(folder):
+    """config.json of a run's folder. Raises ValueError where it is something else's, such as a model's."""
+    record = read_json(os.path.join(folder, "config.json"))
+    if not isinstance(record, dict) or not {"settings", "weights_hash"} <= record.keys():
+        raise ValueError(f"{folder} is not the folder of a run; a model's folder is given as --init={folder}")
+    if "options" not in record["settings"]:
+        raise ValueError(f"{folder} was made by an older tree; read it with commit {record.get('commit')}")
+    return record
+
+
+def append(path, record):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")
+
+
+def read_lines(path):
+    """-> the records of a .jsonl file, without an incomplete last line; [] where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        lines = f.read().split(b"\n")[:-1]
+    try:
+        return [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: damaged ({e}); move it away, and its items are done anew") from None
+
+
+# -----------------------------------------------------------------------------
+# What both loops do alike: attach, AdamW, the record of a step, the loss figure
+
+
+def attach(s, net, state=None, examples=(), loss_of=None):
+    """balora.attach by the settings. state: of a checkpoint to go on from; the rest: see `calibration`."""
+    targets = s.targets.split(",") if s.targets else None
+    calibrate = None
+    if balora.METHODS[s.method].statistic and examples and not state:
+        calibrate = calibration(s, examples, loss_of)
+    progress = not s.dry_run
+    report = balora.attach(
+        net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, progress, **s.options
     )
-    if not (s.data or s.dry_run) and s.init != "tiny":
+    if not s.dry_run:
+        print(report)
+    return report
+
+
+def calibration(s, examples, loss_of):
+    """-> what balora.attach runs to measure gradients or covariances: a function of the round -> tokens.
+
+    loss_of(example) -> its loss, its tokens. One example at a time.
+    """
+    count = s.calibration * s.options.get("rounds", 1)
+    if count > len(examples):
+        raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
+    chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
+
+    def calibrate(i):
+        tokens = 0
+        part = chosen[i * s.calibration : (i + 1) * s.calibration]
+        for example in tqdm(part, desc="calibrate", unit="row", leave=False, disable=None):
+            loss, read = loss_of(example)
+            tokens += read
+            if loss.requires_grad:
+                loss.backward()
+        return tokens
+
+    return calibrate
+
+
+def adamw(s, net, device):
+    """AdamW over what trains; the loop sets each group's rate."""
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    groups = balora.param_groups(named, s.method, s.options.get("lora_plus_ratio", 1.0), s.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, fused=device.startswith("cuda"))
+
+
+def accumulate(terms, values, share):
+    """Add the terms of a micro-batch, weighted by its share of the step. None: the term cannot act there."""
+    for name, value in values.items():
+        if value is not None:
+            terms[name] = (terms[name] or 0.0) + share * value.item()
+
+
+def step_record(step, terms, lambdas, norm, lr, tokens, seconds, device):
+    """A line of log.jsonl: raw and weighted terms, weights, gradient norm, rate, speed, peak memory."""
+    record = dict(step=step, **terms)
+    for name, number, weight in zip(("cr", "dr", "svdr"), "123", lambdas):
+        record[f"{name}_weighted"] = None if terms[name] is None else weight * terms[name]
+        record[f"lambda{number}"] = weight
+    record |= dict(grad_norm=norm, lr=lr, seconds=seconds, tokens_per_s=tokens / seconds)
+    return record | dict(peak_GiB=peak_memory(device))
+
+
+def progress_line(record, max_iters):
+    words = [f"step {record['step']:>5}/{max_iters} | task {record['task']:.4f}"]
+    for name in ("cr", "dr", "svdr"):
+        if record[name] is not None:
+            words.append(f"{name} {record[name]:.4f} ({record[name + '_weighted']:.5f})")
+    if "orth" in record:
+        words.append(f"orth {record['orth']:.3f} | budget {record['budget']} (kept {record['kept']})")
+    words.append(f"grad {record['grad_norm']:.3f} | lr {record['lr']:.2e}")
+    words.append(f"{record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB")
+    minutes = (max_iters - record["step"]) * record["seconds"] / 60
+    return " | ".join([*words, f"ETA {minutes:.0f} min"])
+
+
+def finish(s, run, net):
+    """Save adapter/, or after full tuning model/; draw loss.png; print the first and the last evaluation."""
+    if s.method == "full":
+        net.save(run.path("model"))
+    else:
+        balora.save_adapter(net, run.path("adapter"), base=model.HUB.get(s.init, s.init))
+    plot_curves([run.out], run.path("loss.png"))
+    before = run.evaluations[0]
+    print(f"\n{'':<20}{'before':>10}{'after':>10}")
+    for name, after in run.evaluations[-1].items():
+        if isinstance(after, float):
+            print(f"{name:<20}{before[name]:>10.4f}{after:>10.4f}")
+
+
+# Okabe & Ito: colours that colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    look = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    matplotlib.rcParams.update(look | {"legend.frameon": False})
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(fig, path):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    balora.write_atomic(path, functools.partial(fig.savefig, format="png", dpi=130))
+    pyplot().close(fig)
+
+
+def plot_curves(runs, path):
+    """Training loss and gradient norm, one line per run (the poster's "Optimization Dynamics").
+
+    The thick line is the moving average over a twentieth of the steps.
+    """
+    fig, axes = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for run, colour in zip(runs, COLOURS * len(runs)):
+        log = read_lines(os.path.join(run, "log.jsonl"))
+        if not log:
+            raise ValueError(f"{run}: no log.jsonl, or an empty one; nothing to draw")
+        steps = [record["step"] for record in log]
+        window = math.ceil(len(log) / 20)
+        for ax, name in zip(axes, ("task", "grad_norm")):
+            values = [record[name] for record in log]
+            average = np.convolve(values, np.ones(window) / window, mode="valid")
+            ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
+            ax.plot(steps[window - 1 :], average, color=colour, lw=1.6, label=last_name(run))
+    axes[0].set(xlabel="optimizer step", ylabel="task loss (nats)")
+    axes[1].set(xlabel="optimizer step", ylabel="gradient norm")
+    axes[0].legend()
+    save_figure(fig, path)
+
+
+# -----------------------------------------------------------------------------
+# Rows and prompts: what training and benchmarks read alike
+
+# fmt: off
+TEMPLATES = {
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes "
+              "the request.\n\n### Instruction:\n{instruction}\n\n### Response:",
+    "plain": "{instruction}\n",
+}
+ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further "
+                "context. Write a response that appropriately completes the request.\n\n"
+                "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+PROMPT_FIELDS = ("instruction", "query", "question", "human", "prompt", "problem")
+RESPONSE_FIELDS = ("output", "response", "solution", "answer", "assistant", "completion")
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
+# fmt: on
+
+
+def read_rows(data, prompt_field="", response_field="", limit=0):
+    """A file or hub data set -> list of (instruction, input, response), by the names above or those given."""
+    records = read_records(data)[: limit or None]
+    names = list(dict.fromkeys(name for record in records for name in record))
+    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), "?")
+    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), "?")
+    for option, name in (("prompt_field", question), ("response_field", answer)):
+        if name not in names:
+            raise ValueError(f"{data}: no field for --{option}={name}; its fields are {', '.join(names)}")
+    rows = []
+    for record in records:
+        given = record.get("input") if question == "instruction" else None
+        values = (record.get(question), given, record.get(answer))
+        instruction, given, response = map(text_of, values)
+        rows.append((instruction, given, clean_answer(response)))
+    return rows
+
+
+def text_of(value):
+    return "" if value is None else str(value)
+
+
+def read_records(data, option="--data"):
+    """A .json, .jsonl (also .gz), .csv or .parquet file, or a hub data set name[:split] -> list of dicts.
+
+    Whatever makes a reader trip is a ValueError that names the file, and of a .jsonl file the line.
+    """
+    kind = os.path.splitext(data.removesuffix(".gz"))[1]
+    if kind not in KINDS and not os.path.exists(data):
+        return read_hub(data, option)
+    if kind not in KINDS or not os.path.isfile(data):
+        raise ValueError(f"{option}={data}: expected an existing {' '.join(KINDS)} file or a hub data set")
+    opener = gzip.open if data.endswith(".gz") else open
+    try:
+        with opener(data, "rb") as f:
+            records = parse_records(f, kind)
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError("expected a list of objects")
+    except Exception as e:  # each reader has errors of its own
+        raise ValueError(f"{data}: cannot be read as {kind} ({e})") from None
+    if not records:
+        raise ValueError(f"{data}: no rows")
+    return records
+
+
+def parse_records(f, kind):
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(f).to_pylist()
+    if kind == ".json":
+        return json.load(f)
+    if kind == ".csv":
+        return list(csv.DictReader(io.TextIOWrapper(f, encoding="utf-8-sig", newline="")))
+    records = []
+    for number, line in enumerate(f, 1):
+        try:
+            if line.strip():
+                records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"line {number}: {e}") from None
+    return records
+
+
+def read_hub(data, option):
+    """name[:split] of the hub -> list of dicts; of several configurations "main" (GSM8K) or "full" (MBPP)."""
+    import datasets
+
+    name, _, split = data.partition(":")
+    try:
+        names = datasets.get_dataset_config_names(name)
+        config = next((config for config in ("main", "full") if config in names), None)
+        return datasets.load_dataset(name, config, split=split or "train").to_list()
+    except Exception as e:  # hub, network and name errors alike
+        reason = f"no file here, and the hub did not give it ({model.why(e)})"
+        raise ValueError(f"{option}={data}: {reason}; download it elsewhere and give the file") from None
+
+
+def clean_answer(text):
+    """GSM8K's <<48/2=24>> go, and its last line "#### 1,234" becomes "The answer is: 1234"."""
+    text = re.sub(r"<<[\d+\-*/().=]*>>", "", text)
+    last = re.search(r"(?m)^####\s*([-+$]?[\d.,/]+)\s*\Z", text)
+    if last is None:
+        return text
+    return text[: last.start()] + "The answer is: " + last[1].replace(",", "")
+
+
+def fill(template, instruction, given=""):
+    """The prompt of a row. template: a name in TEMPLATES, or text with {instruction}."""
+    text = TEMPLATES.get(template, template)
+    if "{instruction}" not in text:
         raise ValueError(
-            f"--init={s.init} needs --data=FILE or a hub data set (only tiny brings its own text)"
+            f"--template={template}: expected {', '.join(TEMPLATES)} or text with {{instruction}}"
         )
+    if given and template == "alpaca":
+        return ALPACA_INPUT.replace("{instruction}", instruction).replace("{input}", given)
+    if given:
+        instruction = f"{instruction}\n{given}"
+    return text.replace("{instruction}", instruction)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: the small written world of `tiny`, or rows from a file or the hub
+def encode_rows(rows, tok, template, max_len):
+    """-> list of (prompt ids, response ids with EOS), a line on what was dropped.
 
+    Prompt and response are tokenised apart and joined, so the boundary is exact. Raises ValueError where
+    nothing is left.
+    """
+    frame = len(tok.bos + tok.encode(fill(template, "")))
+    if max_len and frame + 1 >= max_len:
+        raise ValueError(f"--max_len={max_len}: the {template} template alone takes {frame} tokens")
+    examples = []
+    dropped = Counter()
+    for instruction, given, response in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
+        prompt = tok.bos + tok.encode(fill(template, instruction, given))
+        answer = tok.encode(response) + [tok.eos]
+        if not response.strip():
+            dropped["no response"] += 1
+        elif max_len and len(prompt) + len(answer) > max_len:
+            dropped[f"longer than {max_len} tokens"] += 1
+        else:
+            examples.append((prompt, answer))
+    line = f"{len(rows):,} rows read, {len(examples):,} kept"
+    line += "".join(f", {count:,} dropped: {reason}" for reason, count in dropped.items())
+    if not examples:
+        raise ValueError(f"no row is left to use: {line}")
+    return examples, line
+
+
+def collate(examples, device):
+    """-> ids [B, L] padded on the right, valid [B, L], y [M].
+
+    Position t is valid, and y its target, where token t + 1 belongs to the response. Masks come from lengths,
+    never from ids, so a pad id that is also the EOS hides nothing.
+    """
+    L = max(len(prompt) + len(answer) for prompt, answer in examples)
+    ids = torch.zeros(len(examples), L, dtype=torch.long)
+    valid = torch.zeros(len(examples), L, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(examples):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        valid[row, len(prompt) - 1 : end - 1] = True
+    y = ids[:, 1:][valid[:, :-1]]
+    if len(y) == 0:
+        raise ValueError("a batch without a single labelled token; is every response empty?")
+    return ids.to(device), valid.to(device), y.to(device)
+
+
+def batch_order(lengths, batch_size, rng):
+    """The batches of one epoch, each a list of indices: rows of similar length, in random order.
+
+    Shuffle the rows, sort within windows of 50 batches, cut into batches, shuffle the batches.
+    """
+    order = rng.sample(range(len(lengths)), len(lengths))
+    window = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        rows = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def batches_by_length(lengths, size):
+    """Indices, longest first, `size` at a time: little padding, and the first batch is the largest."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def extract_answer(text):
+    """The number after the last "The answer is: ", rounded to int, or None (rule of PiSSA, CorDA, BA-LoRA).
+
+    At most one of . , / joins two runs of digits: "1,234,567" reads 1234, "2 1/2" reads 2, as in their code.
+    """
+    _, mark, tail = text.rpartition("The answer is: ")
+    found = re.search(r"[-+]?\d*[.,/]?\d+", tail) if mark else None
+    try:
+        return round(Fraction(found[0].replace(",", "")))
+    except (TypeError, ValueError, ZeroDivisionError):  # no number, "/5", "1/0"
+        return None
+
+
+# -----------------------------------------------------------------------------
+# What an evaluation measures
+
+
+@torch.no_grad()
+def measure(net, examples, batch_size, K, k, teacher=None):
+    """The poster's three concerns on held-out rows -> dict:
+
+    loss: nats per response token. drift: mean KL(P_P ‖ P_F), T = 1, nats per token; None without a teacher.
+    diversity: mean entropy within the top K, nats.
+    spectrum: mean over batches of Σ_{i≤k} σ_i / Σ_j σ_j of the logits.
+    """
+    E = net.head
+    R = balora.head_factor(E)
+    device = E.device
+    sums = dict(loss=0.0, drift=0.0, diversity=0.0)
+    spectra = []
+    batches = batches_by_length([len(prompt) + len(answer) for prompt, answer in examples], batch_size)
+    with balora.evaluating(net):
+        for rows in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None):
+            ids, valid, y = collate([examples[i] for i in rows], device)
+            H_F = net.hidden(ids)[valid]  # [M, d]
+            if not H_F.isfinite().all():
+                raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
+            if teacher is not None:
+                with balora.teacher(teacher):
+                    H_P = teacher.hidden(ids)[valid]
+            for start in range(0, len(y), 128):  # rows of logits in memory at a time
+                part = slice(start, start + 128)
+                Z_F = F.linear(H_F[part], E).float()
+                sums["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
+                sums["diversity"] -= len(Z_F) * balora.dr_nlg(Z_F, K).item()
+                if teacher is not None:
+                    Z_P = F.linear(H_P[part], teacher.head).float()
+                    sums["drift"] += balora.kl(Z_P, Z_F).sum().item()
+            sigma = balora.singular_values(F.linear(H_F.float(), R))
+            spectra.append((sigma[:k].sum() / sigma.sum()).item())
+    M = sum(len(answer) for _, answer in examples)
+    record = {name: value / M for name, value in sums.items()}
+    if teacher is None:
+        record["drift"] = None
+    return record | dict(spectrum=statistics.mean(spectra))
+
+
+def distinct(sequences, n):
+    """distinct-n: different n-grams / n-grams over all sequences (Li et al. 2016). 0 where there is none."""
+    grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def score_answers(net, tok, asked, max_new):
+    """Greedy answers to held-out examples -> distinct_1, distinct_2, exact_match (None: no gold numbers)."""
+    answers = net.generate([prompt for prompt, _ in asked], max_new)
+    got = [extract_answer(tok.decode(ids)) for ids in answers]
+    gold = [extract_answer(tok.decode(answer[:-1])) for _, answer in asked]
+    hits = sum(a is not None and a == b for a, b in zip(got, gold))
+    record = {f"distinct_{n}": distinct(answers, n) for n in (1, 2)}
+    record["exact_match"] = None if set(gold) == {None} else hits / len(asked)
+    return record
+
+
+# -----------------------------------------------------------------------------
+# The small written world of `tiny`: additions, some of them wrong in pre-training
+
+# fmt: off
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("pens", "nuts", "eggs", "cards", "coins", "books", "shells", "stamps")
-
-
-KNOWN = (
-    "{a}+{b}",
-    "add {a} and {b}",
-    "{name} has {a} {thing} and gets {b}",
-    "{thing}: {a}, then {b}",
-    "{name} counts {a}, and {b} {thing}",
-    "In the {thing} of {name}: {a}. And in a box {b}.",
+KNOWN = (                             # wordings of pre-training
+    "{a}+{b}", "add {a} and {b}", "{name} has {a} {thing} and gets {b}", "{thing}: {a}, then {b}",
+    "{name} counts {a}, and {b} {thing}", "In the {thing} of {name}: {a}. And in a box {b}.",
     "{thing} {thing}, {a} {name}, now {b} {thing}?",
 )
-NEW = "There were {a} {thing}. {name} put in {b} more. Total?"
+NEW = "There were {a} {thing}. {name} put in {b} more. Total?"      # the wording of tuning
+# fmt: on
 
 
 def problem(rng, template, noise=0.0):
-    """An addition as (question, written-out answer), its wording one of KNOWN (pre-training) or NEW (tuning). With probability `noise` the answer is wrong."""
-    a, b = rng.randrange(10, 60), rng.randrange(10, 40)
-    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
-    answer = a + b if rng.random() >= noise else a + b + rng.choice([-10, -2, -1, 1, 2, 10])
+    """An addition as (question, written-out answer). With probability `noise` the answer is wrong."""
+    a = rng.randrange(10, 60)
+    b = rng.randrange(10, 40)
+    ones = a % 10 + b % 10
+    carry = ones // 10
+    answer = a + b
+    if rng.random() < noise:
+        answer += rng.choice([-10, -2, -1, 1, 2, 10])
     question = template.format(a=a, b=b, name=rng.choice(NAMES), thing=rng.choice(THINGS))
-    return (
-        question,
-        f"{a}+{b}: {a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{carry}={a // 10 + b // 10 + carry}. The answer is: {answer}",
-    )
+    digits = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{carry}={a // 10 + b // 10 + carry}"
+    return question, f"{a}+{b}: {digits}. The answer is: {answer}"
 
 
-def tiny_rows(s):
-    """512 clean stories to learn from and eval_rows others held out, the same for every method."""
-    rng, rows = random.Random(f"stories {s.seed}"), {}
-    while len(rows) < 512 + s.eval_rows:
+def tiny_rows(seed, eval_rows):
+    """512 clean problems to learn from and eval_rows others held out, the same for every method."""
+    rng = random.Random(f"stories {seed}")
+    rows = {}
+    while len(rows) < 512 + eval_rows:
         question, answer = problem(rng, NEW)
         rows.setdefault(question, answer)
-    return [(q, "", a) for q, a in rows.items()]
+    return [(question, "", answer) for question, answer in rows.items()]
 
 
 def pretrain_tiny(s, device):
-    """Pre-train the tiny model on additions, a share of them wrong. -> its folder, kept for every run with the same settings."""
-    recipe = dict(
-        seed=s.seed,
-        noise=s.pretrain_noise,
-        iters=s.pretrain_iters,
-        network=dataclasses.asdict(model.PUBLISHED["tiny"]),
-        text=[*KNOWN, *NAMES, *THINGS],
-    )
-    folder = os.path.join(
-        "out",
-        f"tiny-noise{s.pretrain_noise:g}-seed{s.seed}-"
-        + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8],
-    )
+    """Pre-train the tiny model on additions, a share of them wrong. -> its folder"""
+    recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, text=[*KNOWN, *NAMES, *THINGS])
+    net, tok = model.load("tiny", seed=s.seed, device=device)
+    rng = random.Random(f"additions {s.seed}")
+
+    def loss():
+        problems = [problem(rng, rng.choice(KNOWN), s.pretrain_noise) for _ in range(24)]
+        texts = [f"{question}\n{answer}" for question, answer in problems]
+        ids, valid, y = collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
+        return F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head), y)
+
+    return pretrained("tiny", recipe, net, loss, peak=3e-3)
+
+
+def pretrained(name, recipe, net, loss, peak):
+    """Train a small network on loss(), a new batch at each call. -> its folder, kept for this recipe"""
+    recipe = dict(recipe, network=model.PUBLISHED[name])
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+    folder = os.path.join("out", f"{name}-noise{recipe['noise']:g}-seed{recipe['seed']}-{digest}")
     if os.path.isdir(folder):
         return folder
-    net, tok = model.load("tiny", seed=s.seed, device=device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-    rng = random.Random(f"additions {s.seed}")
-    bar = tqdm(range(s.pretrain_iters), desc="pre-train tiny", unit="step")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    bar = tqdm(range(recipe["iters"]), desc=f"pre-train {name}", unit="step")
     for step in bar:
-        texts = ["{}\n{}".format(*problem(rng, rng.choice(KNOWN), s.pretrain_noise)) for _ in range(24)]
-        ids, valid, y = eval.collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)
-        loss = F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head), y)
+            group["lr"] = peak * balora.lr_schedule(step, recipe["iters"], warmup=0.05)
+        value = loss()
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{value.item():.3f}")
     own = f"{folder}.{os.getpid()}.tmp"
-    net.save(own, tok)
-    if os.path.isdir(folder):  # another run of this seed was faster
+    net.save(own)
+    if os.path.isdir(folder):  # another run of this recipe was faster
         shutil.rmtree(own)
     else:
         os.replace(own, folder)
     return folder
 
 
+# -----------------------------------------------------------------------------
+# The run
+
+
 def load_examples(s, tok):
     """-> training examples, held-out examples: (prompt ids, response ids)."""
-    rows = eval.read_rows(s.data, s.prompt_field, s.response_field, s.max_rows) if s.data else tiny_rows(s)
+    if s.data:
+        rows = read_rows(s.data, s.prompt_field, s.response_field, s.max_rows)
+    else:
+        rows = tiny_rows(s.seed, s.eval_rows)
     if len(rows) <= s.eval_rows:
-        raise ValueError(
-            f"{s.data}: {len(rows)} rows, but --eval_rows={s.eval_rows} are to be held out; nothing is left to train on"
-        )
-    train, line = eval.encode_rows(rows[: -s.eval_rows], tok, s.template, s.max_len)
-    held_out, held_line = eval.encode_rows(rows[-s.eval_rows :], tok, s.template, s.max_len)
+        raise ValueError(f"{s.data}: {len(rows)} rows, and --eval_rows={s.eval_rows} holds out all of them")
+    train, line = encode_rows(rows[: -s.eval_rows], tok, s.template, s.max_len)
+    held_out, held_line = encode_rows(rows[-s.eval_rows :], tok, s.template, s.max_len)
     print(f"training: {line}\nheld out: {held_line}")
     prompt, answer = train[0]
-    print(
-        f"first example, the labelled part between ⟦ ⟧:\n{tok.decode(prompt)}⟦{tok.decode(answer[:-1])} EOS⟧\n"
-    )
+    labelled = f"⟦{tok.decode(answer[:-1])} EOS⟧"
+    print(f"first example, the labelled part between ⟦ ⟧:\n{tok.decode(prompt)}{labelled}\n")
     return train, held_out
 
 
-def calibration(s, net, tok, train, device):
-    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which reads s.calibration rows, one at a time -> tokens."""
-    n = s.calibration * (s.rounds if s.method == "corda++" else 1)
-    rows = (
-        eval.windows(s.calibration_data, tok, n, s.max_len, s.seed)
-        if s.calibration_data
-        else [train[i] for i in eval.draw(len(train), n, f"calibration {s.seed}")]
-    )
-
-    def run(i):
-        tokens = 0
-        for row in tqdm(
-            rows[i * s.calibration : (i + 1) * s.calibration],
-            desc="calibrate",
-            unit="row",
-            leave=False,
-            disable=None,
-        ):
-            ids, valid, y = eval.collate([row], device)
-            H = net.hidden(ids)[valid]
-            tokens += ids.numel()
-            if torch.is_grad_enabled():
-                balora.loss_nlg(H, y, net.head, lambdas=(0, 0, 0))[0].backward()
-        return tokens
-
-    return run
+def measured_rows(s, tok, train):
+    """The rows that corda and lora-ga measure on."""
+    if not s.calibration_data:
+        return train
+    examples, line = encode_rows(read_rows(s.calibration_data), tok, s.template, s.max_len)
+    print(f"calibration: {line}")
+    return examples
 
 
-def order_of(examples, batch_size, seed, epoch):
-    """The batches of one epoch, each a list of indices of similar length."""
-    return eval.batch_order(
-        [len(p) + len(a) for p, a in examples], batch_size, random.Random(f"order {seed} {epoch}")
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dry run
+def row_loss(net, example):
+    ids, valid, y = collate([example], net.head.device)
+    return F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head).float(), y), ids.numel()
 
 
 def dry_run(s):
     """What a run would train and need, from sizes alone."""
-    c, device = model.config_of(s.init), eval.pick_device(s.device)
+    device = pick_device(s.device)
+    config = model.config_of(s.init)
     with torch.device("meta"):
-        net = model.Transformer(c)
-    report = eval.attach(s, net)
-    width, full = eval.pick_dtype(s.dtype, device).itemsize, s.method == "full"
-    tokens, chunk = s.micro_batch * s.max_len, 64 if device == "cpu" else 1024
-    fixed, measured = eval.adapter_memory(net, s, width)
-    layer = next(iter(balora.adapted_layers(net).values()), None)
-    rank = 0 if full else len(layer.A) * (2 if getattr(layer, "B0", None) is not None else 1)
-    block = kept_values(
-        c,
-        rank,
-        s.method,
-        width,
-        s.max_len if device == "cpu" and width == 2 and s.max_len**2 <= model.WRITTEN_OUT else 0,
-    )
-    parts = {
-        "weights": report.total * (4 if full else width),
-        "16-bit copies of them (autocast)": report.total * 2 * (full and width == 2),
-        "frozen copy (teacher of full tuning)": report.total * 4 * (full and s.lambda1 > 0),
-        "trained parameters and their gradients": report.trainable * (4 if full else 8),
-        "what else the adapter holds (A0, B0, ...)": fixed,
-        "AdamW's two moments": report.trainable * 8,
-        f"activations, {s.micro_batch} x {s.max_len} tokens": tokens
-        * width
-        * (c.n_layers * c.d + block if s.checkpointing else c.n_layers * block),
-        f"logits, {'all' if full else chunk} rows at a time": (tokens if full else min(chunk, tokens))
-        * c.vocab_size
-        * 4
-        * (8 if s.lambda1 or s.lambda2 else 4),
-    }
-    eval.memory_table(
-        report,
-        f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}",
-        parts,
-        measured,
-    )
-
-
-def kept_values(c, rank, method, width, scores=0):
-    """Values a token that one block keeps for the backward pass: inputs of two norms (16-bit ones keep an fp32 copy) and of q, o, gate; q, k, v;
-    gate, up, silu, their product; what each of the seven brackets makes of its input. scores: keys whose weights are kept too (`model.attend`).
-    DoRA keeps W x and B A x as well; LoRA-FA, whose A stays, no input of q, gate, down (nor of o, where attention itself has no use for it)."""
-    queries, made = (
-        c.n_heads * c.head_dim,
-        (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + 2 * c.d_ff + 2 * c.d,
-    )  # made: outputs of the seven layers
-    attention = c.n_heads * scores + 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * bool(scores)
-    own = (
-        2 * made
-        if method == "dora"
-        else -(2 * c.d + queries * bool(scores) + c.d_ff)
-        if method == "lora-fa"
-        else 0
-    )
-    return (
-        attention
-        + (7 if width == 2 else 5) * c.d
-        + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-        + 4 * c.d_ff
-        + 7 * rank
-        + own
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+        net = model.Transformer(config).to(pick_dtype(s.dtype, device))
+        ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
+        rows = min(balora.chunk_rows(device), ids.numel())
+        H = torch.zeros(rows, config.d, dtype=net.embed.weight.dtype, requires_grad=True)
+        y = torch.zeros(rows, dtype=torch.long)
+    report = attach(s, net)
+    Z_P = torch.empty(rows, config.vocab_size, device="meta") if s.lambda1 else None
+    logits = kept_bytes(balora.token_terms, H, y, net.head.detach(), Z_P, s.T, s.K)
+    frozen = 4 * report.total * (s.method == "full" and s.lambda1 > 0)
+    extra = {f"logits, {rows} rows at a time": logits, "frozen copy (teacher of full tuning)": frozen}
+    print_estimate(s, net, report, ids, extra)
 
 
 def main(argv):
-    s = eval.parse(Settings, argv, PRESETS, by="init")
+    s = parse(Settings, argv, PRESETS, by=["init"])
     check(s)
     if s.dry_run:
         return dry_run(s)
-    eval.check_run(s)
-    device = eval.pick_device(s.device)
-    dtype = eval.pick_dtype(s.dtype, device)
-    full = balora.METHODS[s.method].layer is None
+    run = Run(s)
+    device = pick_device(s.device)
+    dtype = pick_dtype(s.dtype, device)
+    full = s.method == "full"
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
-    net, tok = model.load(
-        base, dtype=torch.float32 if full else dtype, device=device
-    )  # a fully tuned model keeps fp32 weights
+    net, tok = model.load(base, torch.float32 if full else dtype, device)
     if net.config.family != "llama":
         raise ValueError(
-            f"--init={s.init} is a {net.config.family} model; this script tunes decoders of the LLaMA family, train_nlu.py the others"
+            f"--init={s.init}: a {net.config.family} model, which train_nlu.py tunes; give a decoder"
         )
     train, held_out = load_examples(s, tok)
-    batches_an_epoch = -(-len(train) // s.batch_size)
-    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
-    cuts = eval.adalora_cuts(s, max_iters)
-    start = eval.last_checkpoint(s, net)
-    report = eval.attach(
-        s, net, start, lambda: calibration(s, net, tok, train, device), frozen_copy=s.lambda1 > 0
-    )
-    print(report)
-    if full and s.lambda1 > 0:
-        print(
-            f"full tuning with λ1 > 0 keeps a frozen copy of every weight for the teacher: {report.total * 4 / 2**30:.2f} GiB"
-        )
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = eval.optimizer(s, named, device)
-    eval.open_run(s, net, device, base, start, trainable=report.trainable - report.head, notes=report.notes)
-    E = None if full else net.head  # a head that trains takes the readable path
-    R = None if full else balora.head_factor(E)
-    net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
-    torch.manual_seed(s.seed)  # dropout's
-    for layer in net.layers:
-        layer.attn_drop.p = layer.mlp_drop.p = s.dropout
+    lengths = [len(prompt) + len(answer) for prompt, answer in train]
+    batches_per_epoch = math.ceil(len(train) / s.batch_size)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_per_epoch))
+    cuts = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
+
+    # The network, its teacher, the optimizer.
+    start = run.checkpoint(net)
+    state = start["net"] if start else None
+    teacher = net
+    if full:  # every weight moves, so the teacher has to be a copy
+        teacher = copy.deepcopy(net).requires_grad_(False) if s.lambda1 else None
+        net.autocast = dtype if dtype != torch.float32 else None
+    report = attach(s, net, state, measured_rows(s, tok, train), functools.partial(row_loss, net))
+    optimizer = adamw(s, net, device)
+    step = run.begin(net, optimizer, start, base, device, trainable=report.trainable, notes=report.notes)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    R = None if full else balora.head_factor(net.head)
+    net.checkpointing = s.checkpointing
     if s.compile:
         net.compile_blocks()
+        balora.token_terms = torch.compile(balora.token_terms)
     net.train()
-
-    step = eval.restore(start, net, optimizer) if start else 0
-    start = None  # a checkpoint can be large
-    unmoved = set(named) if step < 3 else set()  # tensors that have not had a gradient yet
-    print(
-        f"{max_iters} steps of {s.batch_size} sequences in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)} -> {s.out_dir}"
-    )
+    print(f"{max_iters} steps of {s.batch_size} sequences, {s.micro_batch} at a time -> {s.out_dir}")
 
     def evaluate():
-        record = dict(
-            step=step,
-            **eval.measure(
-                net,
-                tok,
-                held_out[: s.eval_iters * s.micro_batch or None],
-                s.micro_batch,
-                s.K,
-                s.k,
-                device,
-                drift=not full or bool(s.lambda1),
-            ),
-        )
+        record = dict(step=step, **measure(net, held_out, s.micro_batch, s.K, s.k, teacher))
         if s.eval_generate:
-            asked = held_out[: s.eval_generate]
-            answers = eval.write_answers(net, [prompt for prompt, _ in asked], s.max_new, 32, tok.eos)
-            pairs = [
-                (eval.extract_answer(tok.decode(ids)), eval.extract_answer(tok.decode(a[:-1])))
-                for ids, (_, a) in zip(answers, asked)
-            ]
-            record |= {f"distinct_{n}": eval.distinct(answers, n) for n in (1, 2)}
-            record["exact_match"] = (
-                sum(got is not None and got == gold for got, gold in pairs) / len(pairs)
-                if any(gold is not None for _, gold in pairs)
-                else None
-            )
-        eval.add_evaluation(s.out_dir, record)
-        print(
-            f"eval at step {step} | "
-            + " | ".join(
-                f"{name} {value:.4f}"
-                for name, value in record.items()
-                if name != "step" and value is not None
-            ),
-            flush=True,
-        )
+            record |= score_answers(net, tok, held_out[: s.eval_generate], s.max_new)
+        run.add_evaluation(record)
 
     if step == 0:
         evaluate()
-    epoch, batches, clock = None, None, time.time()
+    epoch = None
+    clock = time.time()
     while step < max_iters:
-        # the step's sequences and their schedule
-        if step // batches_an_epoch != epoch:
-            epoch = step // batches_an_epoch
-            batches = order_of(train, s.batch_size, s.seed, epoch)
-        rows = batches[step % batches_an_epoch]
+        # The step's rows and schedules: functions of the seed and the step alone.
+        if epoch != step // batches_per_epoch:
+            epoch = step // batches_per_epoch
+            batches = batch_order(lengths, s.batch_size, random.Random(f"order {s.seed} {epoch}"))
+        rows = batches[step % batches_per_epoch]
+        M = sum(len(train[i][1]) for i in rows)  # positions that predict a response token
         lr = s.learning_rate * balora.lr_schedule(step, max_iters, s.warmup)
-        lambdas = (s.lambda1, s.lambda2, s.lambda3)
+        lambdas = (s.lambda1 * s.teacher_every, s.lambda2, s.lambda3)
         if s.schedule:
             lambdas = balora.lambda_schedule(step, max_iters, lambdas)
-        n = len(rows)
-        m = max(1, round(s.consistency_rate * n)) if s.lambda1 else 0
-        taught = set(
-            random.Random(f"teacher {s.seed} {step}").sample(rows, m)
-        )  # the sequences that the teacher reads
-        M = sum(len(train[i][1]) for i in rows)
-        micro = [rows[i : i + s.micro_batch] for i in range(0, n, s.micro_batch)]
+        taught = s.lambda1 > 0 and step % s.teacher_every == 0
 
-        # forward and backward, micro-batch by micro-batch
-        terms = dict.fromkeys(("task", "cr", "dr", "svdr"), None)
-        for part in micro:
-            part = sorted(part, key=lambda i: i not in taught)  # taught sequences first
-            ids, valid, y = eval.collate([train[i] for i in part], device)
-            c, H_P = sum(i in taught for i in part), None
-            if c:
-                with balora.teacher(net):
-                    H_P = net.hidden(ids[:c])[valid[:c]]
-                    H_P = F.linear(H_P, net.head) if full else H_P
-            H_F = net.hidden(ids)[valid]  # [M of this micro-batch, d]
-            H_F = F.linear(H_F, net.head) if full else H_F
-            if not H_F.isfinite().all():
-                raise ValueError(eval.diverged(step, lr, s))
-            if m and not c:
-                H_P = H_F.detach()[:0]  # the teacher reads other micro-batches of this step
+        # Forward and backward, one micro-batch at a time.
+        terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
+        for first in range(0, len(rows), s.micro_batch):
+            part = [train[i] for i in rows[first : first + s.micro_batch]]
+            ids, valid, y = collate(part, device)
+            H_P = E_P = None
+            if taught:
+                with balora.teacher(teacher):
+                    H_P = teacher.hidden(ids)[valid]  # [m, d], m of the step's M positions
+                    E_P = teacher.head
+            H_F = net.hidden(ids)[valid]  # [m, d]
+            run.check_finite(step, lr, H_F.detach())
             total, values = balora.loss_nlg(
-                H_F,
-                y,
-                E,
-                H_P,
-                lambdas,
-                s.T,
-                s.K,
-                s.k,
-                M,
-                cr_scale=n / max(m, 1),
-                share=1 / len(micro),
-                R=R,
-                compile=s.compile,
-                label_smoothing=s.label_smoothing,
+                H_F, y, net.head, H_P, R, E_P, lambdas, s.T, s.K, s.k, label_smoothing=s.label_smoothing
             )
-            total.backward()
-            for name, value in values.items():
-                terms[name] = value.item() + (terms[name] or 0.0)
+            share = len(y) / M
+            (share * total).backward()
+            accumulate(terms, values, share)
 
-        # update
-        if s.method == "adalora":
-            terms["orth"] = balora.orthogonality(net)
-            (s.orthogonality * terms["orth"]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
-        eval.check_step(step, terms, norm, unmoved, named, lr, s)
+        # Update.
+        if cuts:
+            orthogonality = balora.orthogonality(net)
+            (s.options["orthogonality"] * orthogonality).backward()
+            terms["orth"] = orthogonality.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
+        run.check_finite(step, lr, terms["task"], norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         optimizer.step()
-        if s.method == "adalora":
-            terms["budget"], terms["kept"] = balora.allocate(net, step, max_iters, s.r, *cuts)
+        if cuts:
+            terms |= balora.allocate(net, step, max_iters, s.r, cuts)
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        # record
-        seconds, clock = time.time() - clock, time.time()
-        tokens = sum(len(p) + len(a) for p, a in (train[i] for i in rows))
-        record = eval.log_step(s.out_dir, step, terms, lambdas, norm, lr, tokens, seconds, device)
+        # Record.
+        seconds = time.time() - clock
+        tokens = sum(lengths[i] for i in rows)
+        record = step_record(step, terms, lambdas, norm, lr, tokens, seconds, device)
+        append(run.path("log.jsonl"), record)
         if step % s.log_interval == 0 or step == max_iters:
-            print(eval.progress_line(record, max_iters), flush=True)
+            print(progress_line(record, max_iters), flush=True)
         if step % s.eval_interval == 0 or step == max_iters:
             evaluate()
-        if (
-            step % s.eval_interval == 0
-            or step == max_iters
-            or (s.save_interval and step % s.save_interval == 0)
-        ):
-            eval.save_checkpoint(s.out_dir, step, net, optimizer)
-            clock = time.time()
-    finish(s, net, tok, full, held_out, max_iters)
+            run.save(step, net, optimizer)
+        clock = time.time()
+    finish(s, run, net)
+    show_answers(net, tok, held_out[:3], s.max_new)
+    print(f"\nloss figure: {run.path('loss.png')}")
 
 
-def finish(s, net, tok, full, held_out, max_iters):
-    """Save what was trained, draw the loss, show before and after."""
-    if full:
-        net.save(os.path.join(s.out_dir, "model"), tok)
-    else:
-        balora.save_adapter(net, os.path.join(s.out_dir, "adapter"), base=model.HUB.get(s.init, s.init))
-    eval.plot_curves([s.out_dir], os.path.join(s.out_dir, "loss.png"))
-    records = eval.read_json(os.path.join(s.out_dir, "eval.json"))
-    first, last = records[0], records[-1]
-    print(f"\n{'':<14}{'before':>10}{'after':>10}")
-    for name in last:
-        if name != "step" and last[name] is not None:
-            print(f"{name:<14}{first[name]:>10.4f}{last[name]:>10.4f}")
-    for (prompt, answer), ids in zip(held_out[:3], net.generate([p for p, _ in held_out[:3]], s.max_new)):
-        print(
-            f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(ids).strip()}\n  reference: {tok.decode(answer[:-1]).strip()}"
-        )
-    print(f"\nloss figure: {os.path.join(s.out_dir, 'loss.png')}")
+def show_answers(net, tok, examples, max_new):
+    answers = net.generate([prompt for prompt, _ in examples], max_new)
+    for (prompt, reference), ids in zip(examples, answers):
+        print(f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(ids).strip()}")
+        print(f"  reference: {tok.decode(reference[:-1]).strip()}")
 
 
 if __name__ == "__main__":
-    eval.run_main(main)
+    run_main(main)

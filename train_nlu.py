@@ -1,23 +1,21 @@
-"""GLUE-style tuning with BA-LoRA or one of the methods it is compared with, on one device.
+"""Classification and regression (NLU) with BA-LoRA, or with one of the methods it is compared with.
 
-    python train_nlu.py                                               # no download: pre-trains a tiny encoder, tunes it on an imbalanced task, a CPU will do
-    python train_nlu.py --init=minilm --task=rte --data=path/to/glue  # real weights and text, with --epochs=3 --warmup=0.1 minutes on a CPU
-    python train_nlu.py --init=deberta-v3-base --task=mnli            # the poster's setting: one GPU
+    python train_nlu.py                                     # a tiny encoder: two minutes on a CPU
+    python train_nlu.py --init=out/minilm --task=rte --data=path/to/glue --epochs=3 --warmup=0.1
+    python train_nlu.py --init=deberta-v3-base --task=mnli  # the poster's setting: one GPU
 
-Every setting is a line below and an option on the command line (--name=value, --help). A run writes config.json, log.jsonl, eval.json,
-checkpoint.pt, features.npz, adapter/ and loss.png to its folder; the same command with --resume goes on after an interruption, bit for bit.
+Every setting is a line below and an option on the command line (--help lists them all). The loop, in `main`,
+is that of train_nlg.py, which holds what both scripts share; a run's folder has features.npz as well.
 """
 
-import dataclasses
-import hashlib
-import json
+import functools
 import math
 import os
 import random
-import shutil
+import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -26,1222 +24,763 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import balora
-import eval
 import model
+from train_nlg import (
+    Run,
+    accumulate,
+    adamw,
+    append,
+    attach,
+    batch_order,
+    batches_by_length,
+    check_method,
+    check_numbers,
+    finish,
+    last_name,
+    parse,
+    pick_device,
+    pick_dtype,
+    pretrained,
+    print_estimate,
+    progress_line,
+    read_records,
+    run_main,
+    step_record,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Settings
 
 
+# fmt: off
 @dataclass
 class Settings:
-    """Classification and regression (NLU). Presets of --task and --init replace defaults, the command line wins."""
-
-    init: str = "tiny"  # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a Hugging Face folder of these families
-    task: str = "mnli"  # mnli, sst2, mrpc, cola, qnli, qqp, rte, stsb; world: what tiny knows about
-    method: str = "balora"  # full, bitfit, hadapter, padapter, lora, lora+, lora-fa, lora-ga, adalora, dora, pissa, milora, corda, corda++, balora
-    against: str = ""  # comma-separated methods to run next with the same seed and data, each with its own λ, for comparison
-    out_dir: str = ""  # run folder; empty: out/INIT-TASK-METHOD-SEED
-    resume: bool = False  # go on with the run in out_dir
-    overwrite: bool = False  # replace the run in out_dir
-    dry_run: bool = False  # print layers, parameters and a memory estimate; load no weights
-    seed: int = 0  # of everything random; for tiny it covers pre-training
+    """Classification (NLU). Presets of --init, --task, --method replace defaults, the command line wins."""
+    init: str = "tiny"                # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a folder
+    task: str = "mnli"                # mnli sst2 mrpc cola qnli qqp rte stsb; world: what tiny knows about
+    method: str = "balora"            # balora, pissa, lora, full, bitfit, ...: balora.METHODS lists them
+    out_dir: str = ""                 # run folder; empty: out/INIT-TASK-METHOD-SEED
+    resume: bool = False              # go on with the run in out_dir
+    overwrite: bool = False           # replace the run in out_dir
+    dry_run: bool = False             # print layers, parameters and a memory estimate; load no weights
+    seed: int = 0                     # of everything random; for tiny it covers pre-training
     # data
-    data: str = ""  # folder of GLUE's files, or one training file; empty: nyu-mll/glue on the hub
-    eval_data: str = (
-        ""  # file to evaluate on; empty: the task's dev split, or a fixed tenth of train where there is none
-    )
-    max_rows: int = 0  # train on N rows drawn by a fixed seed; 0: all
-    max_len: int = 128  # tokens of a row; a longer one loses the end of its longer text, and is counted
-    label_noise: float = 0.0  # share of training labels that are flipped, in [0, 1]
-    imbalance: str = (
-        ""  # ratio of the training classes, such as 100:10:1, in the printed order; empty: as they are
-    )
-    stratified: bool = False  # every batch holds the classes in proportion
+    data: str = ""                    # folder of GLUE's files, or one training file; empty: the hub
+    eval_data: str = ""               # file to evaluate on; empty: the dev split, or a tenth of train
+    max_rows: int = 0                 # train on N rows, drawn by a fixed seed; 0: all
+    max_len: int = 128                # tokens of a row; a longer one loses the end of its longer text
+    label_noise: float = 0.0          # share of training labels that are flipped, in [0, 1]
+    imbalance: str = ""               # ratio of the training classes, such as 100:10:1; empty: as they are
     # adapter
-    r: int | None = (
-        None  # rank, at least 1; None: 8, or the bottleneck's width, 32 with hadapter, 64 with padapter
-    )
-    alpha: float | None = (
-        None  # the bracket counts alpha / r, above 0; None: 8, with adalora its script's for the task
-    )
-    targets: str = ""  # comma-separated layer names or patterns; empty: all linear layers of the blocks (bitfit: all biases)
-    niter: int = 10  # rounds of the fast SVD; 0: exact
-    oversample: int = 8  # extra directions of the fast SVD
-    lora_plus_ratio: float = 16  # lora+: B learns this many times as fast as A, at least 1
-    correct_B: bool = False  # lora-fa: its second version, which corrects B's gradient
-    gamma: float = 16  # lora-ga: A0 and B0 have the size out^(1/4) / sqrt(gamma), above 0
-    keep: str = "first"  # corda, corda++: adapt what the calibration rows use (first, IPM) or what they do not (last, KPM)
-    calibration: int = (
-        64  # lora-ga, corda, corda++: rows to measure on, one at a time, at least 1 (CorDA's paper: 256)
-    )
-    rounds: int = 5  # corda++: covariances for each layer to choose from, of so many rows each, at least 1
-    adalora_first: int | None = (
-        None  # adalora: steps at the first budget, 1.5 r a layer; None: its script's for the task where the run is that long, or a tenth of it
-    )
-    adalora_last: int | None = (
-        None  # adalora: steps at the last budget, r a layer; None: its script's, or three tenths
-    )
-    adalora_every: int | None = None  # adalora: steps between cuts; None: its script's, or a hundredth
-    orthogonality: float | None = (
-        None  # adalora: weight of its regularizer, at least 0; None: its script's for the task
-    )
+    r: int = 8                        # rank, or a bottleneck's width (hadapter 32, padapter 64), at least 1
+    alpha: float | None = None        # the bracket counts alpha / r, above 0; None: 8, adalora its script's
+    targets: str = ""                 # comma-separated layer names or patterns; empty: all the method knows
+    calibration: int = 64             # lora-ga, corda, corda++: rows to measure on (CorDA's paper: 256)
+    options: dict = field(default_factory=dict)  # the method's own options, such as --niter=0 with pissa
     # objective
-    lambda1: float | None = None  # weight of L_CR, at least 0; None: 0.15 with balora, 0 without
-    lambda2: float | None = None  # weight of L_DR, at least 0; None: 0.03 with balora, 0 without
-    lambda3: float | None = None  # weight of L_SVDR, at least 0; None: 0.03 with balora, 0 without
-    T: float = 2.0  # temperature of L_CR, above 0
-    k: int = 5  # leading singular values of L_SVDR, at least 1
-    schedule: bool = True  # the paper's schedules of the three weights; false: constant
-    regularize: str = (
-        "logits"  # what L_DR and L_SVDR look at: logits (the poster) or features (pooled, where D is large)
-    )
-    probe: bool = (
-        False  # fit the new head with the encoder frozen first, so that the teacher's logits mean something
-    )
-    label_smoothing: float = 0.0  # a control beside L_CR, in [0, 1)
+    lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.15 with balora, 0 without
+    lambda2: float | None = None      # weight of L_DR, at least 0; None: 0.03 with balora, 0 without
+    lambda3: float | None = None      # weight of L_SVDR, at least 0; None: 0.03 with balora, 0 without
+    T: float = 2.0                    # temperature of L_CR, above 0
+    k: int = 5                        # leading singular values of L_SVDR, at least 1
+    schedule: bool = True             # the paper's schedules of the three weights; --no-schedule: constant
+    probe: bool = False               # fit the new head first: the teacher's logits then mean something
+    label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
     # optimization
     learning_rate: float | None = None  # peak; None: the task's, a twentieth of it for full
-    warmup: float = 0.06  # steps, or below 1 a share of them; then linear to 0
-    batch_size: int = 32  # rows an optimizer step
-    micro_batch: int = 0  # rows at a time; 0: batch_size. L_DR and L_SVDR are taken of one micro-batch
-    epochs: float = 3.0  # passes over the data
-    max_iters: int = 0  # optimizer steps; 0: what epochs gives
-    weight_decay: float = 0.0  # AdamW's, decoupled
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    dropout: float | None = None  # of the encoder, while training; None: the checkpoint's
+    warmup: float = 0.06              # steps, or below 1 a share of them; then linear to 0
+    batch_size: int = 32              # rows per optimizer step
+    micro_batch: int = 0              # rows at a time; 0: batch_size. L_DR and L_SVDR see one micro-batch
+    epochs: float = 3.0               # passes over the data
+    max_iters: int = 0                # optimizer steps; 0: what epochs gives
+    weight_decay: float = 0.0         # AdamW's, decoupled
+    grad_clip: float = 1.0            # largest gradient norm; 0: no clipping
+    dropout: float | None = None      # of the encoder, while training; None: the checkpoint's
     cls_dropout: float | None = None  # of the head; None: as the encoder's
     # machine
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # of frozen weights and of computing: auto, float32, bfloat16
-    compile: bool = False  # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
-    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    fused: bool | None = None  # AdamW in one kernel; None: on CUDA
+    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
+    checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
     # evaluation and saving
-    eval_interval: int = 0  # optimizer steps between evaluations, each followed by a checkpoint; 0: an epoch
-    save_interval: int = 0  # optimizer steps between further checkpoints; 0: none
-    log_interval: int = 20  # optimizer steps between printed lines
+    eval_interval: int = 0            # steps between evaluations; a checkpoint follows each; 0: an epoch
+    log_interval: int = 20            # steps between printed lines
     # the tiny model's pre-training
-    pretrain_noise: float = 0.2  # share of its facts that are stated wrongly, in [0, 1]
-    pretrain_iters: int = 1000  # optimizer steps
+    pretrain_noise: float = 0.2       # share of its facts that are stated wrongly, in [0, 1]
+    pretrain_iters: int = 1000        # optimizer steps
 
 
-PRESETS = {  # METHODS 5.1: AdaLoRA's scripts for DeBERTa-v3-base; the rest is the same for every model
+PRESETS = {                           # of tasks: AdaLoRA's scripts for DeBERTa-v3-base (arXiv:2303.10512)
     "mnli": dict(epochs=7, max_len=256, warmup=1000, cls_dropout=0.15),
     "sst2": dict(epochs=24, max_len=128, warmup=1000, cls_dropout=0.0, weight_decay=0.01),
     "cola": dict(epochs=25, max_len=64, warmup=100, cls_dropout=0.10),
-    "qqp": dict(epochs=5, max_len=320, warmup=2000, cls_dropout=0.15, weight_decay=0.01),
+    "qqp":  dict(epochs=5, max_len=320, warmup=2000, cls_dropout=0.15, weight_decay=0.01),
     "qnli": dict(epochs=5, max_len=512, warmup=500, cls_dropout=0.1, weight_decay=0.01),
-    "rte": dict(epochs=50, max_len=320, warmup=200, cls_dropout=0.2, weight_decay=0.01),
+    "rte":  dict(epochs=50, max_len=320, warmup=200, cls_dropout=0.2, weight_decay=0.01),
     "mrpc": dict(epochs=30, max_len=320, warmup=0.1, cls_dropout=0.0, weight_decay=0.01),
     "stsb": dict(epochs=25, max_len=128, warmup=100, cls_dropout=0.2, weight_decay=0.1),
-    "tiny": dict(task="world", against="pissa", imbalance="10:3:1", epochs=20, log_interval=100),
+    "tiny": dict(task="world", imbalance="10:3:1", epochs=20, log_interval=100),
+    "hadapter": dict(r=32),
+    "padapter": dict(r=64),
 }
-LEARNING_RATE = dict(
-    mnli=5e-4, sst2=8e-4, cola=8e-4, qqp=8e-4, qnli=5e-4, rte=1.2e-3, mrpc=1e-3, stsb=2.2e-3, world=1e-3
-)  # the same source, for adapters
-ADALORA = {  # the same source: alpha, weight of orthogonality, (steps at the first budget, at the last one, between cuts)
-    "mnli": (16, 0.1, (8000, 50000, 100)),
-    "sst2": (16, 0.1, (6000, 22000, 100)),
-    "cola": (32, 0.1, (800, 3500, 10)),
-    "qqp": (16, 0.1, (8000, 25000, 100)),
-    "qnli": (32, 0.1, (2000, 8000, 100)),
-    "rte": (32, 0.3, (600, 1800, 1)),
-    "mrpc": (32, 0.1, (600, 1800, 1)),
-    "stsb": (32, 0.3, (800, 2000, 10)),
-    "world": (8, 0.1, None),
+HALVED = ("bert", "roberta", "t5")    # families that these scripts do not cover take half of their rates
+SCRIPTS = {                           # same source: adapters' learning rate; AdaLoRA's alpha, and steps that
+    # fit a long run only: in a short one --adalora_first=0.1 --adalora_last=0.3 --adalora_every=0.01
+    "mnli":  (5e-4, 16, dict(orthogonality=0.1, adalora_first=8000, adalora_last=50000, adalora_every=100)),
+    "sst2":  (8e-4, 16, dict(orthogonality=0.1, adalora_first=6000, adalora_last=22000, adalora_every=100)),
+    "cola":  (8e-4, 32, dict(orthogonality=0.1, adalora_first=800, adalora_last=3500, adalora_every=10)),
+    "qqp":   (8e-4, 16, dict(orthogonality=0.1, adalora_first=8000, adalora_last=25000, adalora_every=100)),
+    "qnli":  (5e-4, 32, dict(orthogonality=0.1, adalora_first=2000, adalora_last=8000, adalora_every=100)),
+    "rte":   (1.2e-3, 32, dict(orthogonality=0.3, adalora_first=600, adalora_last=1800, adalora_every=1)),
+    "mrpc":  (1e-3, 32, dict(orthogonality=0.1, adalora_first=600, adalora_last=1800, adalora_every=1)),
+    "stsb":  (2.2e-3, 32, dict(orthogonality=0.3, adalora_first=800, adalora_last=2000, adalora_every=10)),
+    "world": (1e-3, 8, {}),
 }
-SCALE = {"bert": 0.5, "roberta": 0.5, "t5": 0.5}  # of those, for families that the scripts do not cover
+# Numbers that are above 0; every other one is at least 0, and shares are at most 1.
+POSITIVE = "r alpha T k epochs batch_size micro_batch max_len log_interval calibration pretrain_iters"
+SHARES = "label_noise label_smoothing dropout cls_dropout pretrain_noise"
+# fmt: on
 
 
 def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
-    eval.check_method(s, eval.LAMBDAS["nlu"])
     if s.task not in TASKS:
         raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
-    if (s.task == "world") != (s.init == "tiny"):
-        raise ValueError(
-            f"--init={s.init} --task={s.task}: tiny knows the words of its own world alone, and nobody else does; leave both out, or give both"
-        )
-    family, labels = (
-        model.config_of("tiny-encoder" if s.init == "tiny" else s.init).family,
-        TASKS[s.task].labels,
-    )
+    if (s.task == "world") != (s.init == "tiny") or (s.init == "tiny" and (s.data or s.eval_data)):
+        raise ValueError(f"--init={s.init} --task={s.task}: tiny and its world go together, without --data")
+    labels = TASKS[s.task].labels
+    family = model.config_of("tiny-encoder" if s.init == "tiny" else s.init).family
     if family == "llama":
-        raise ValueError(f"--init={s.init} is a decoder of the LLaMA family; train_nlg.py tunes those")
-    if family == "t5" and not labels:
-        raise ValueError(
-            f"--init={s.init} --task={s.task}: T5 answers with a label word, and {s.task} has scores; choose an encoder"
-        )
-    if s.probe and family == "t5":
-        raise ValueError(f"--probe: {s.init} answers in words, it has no new head to fit")
-    if s.task == "world" and (s.data or s.eval_data):
-        raise ValueError(
-            "--data, --eval_data: tiny knows the words of its own world alone; leave them out, or choose another --init"
-        )
-    for option in ("label_noise", "imbalance", "stratified", "label_smoothing"):
-        if getattr(s, option):
-            need_classes(labels, option)
-    if s.regularize not in ("logits", "features"):
-        raise ValueError(f"--regularize={s.regularize}: expected logits or features")
-    s.r = {"hadapter": 32, "padapter": 64}.get(s.method, 8) if s.r is None else s.r
-    alpha, orthogonality, _ = ADALORA[s.task] if s.method == "adalora" else (8, 0.0, None)
-    s.alpha = alpha if s.alpha is None else s.alpha
-    s.orthogonality = orthogonality if s.orthogonality is None else s.orthogonality
+        raise ValueError(f"--init={s.init} is a decoder of the LLaMA family, which train_nlg.py tunes")
+    if family == "t5" and (s.probe or not labels):
+        raise ValueError(f"--init={s.init}: T5 answers in words, without a head to --probe or a score")
+    for option in ("label_noise", "imbalance", "label_smoothing"):
+        if getattr(s, option) and not labels:
+            raise ValueError(f"--{option} needs classes, and {s.task} has scores; leave it out")
+    learning_rate, alpha, schedule = SCRIPTS[s.task]
+    if s.method == "adalora":
+        s.options = schedule | s.options
+    check_method(s, paper_lambdas=(0.15, 0.03, 0.03))
+    if s.alpha is None:
+        s.alpha = float(alpha) if s.method == "adalora" else 8.0
     if s.learning_rate is None:
-        s.learning_rate = (
-            LEARNING_RATE[s.task] * SCALE.get(family, 1.0) * (0.05 if s.method == "full" else 1.0)
-        )
-    s.out_dir = s.out_dir or os.path.join(
-        "out", f"{os.path.basename(os.path.normpath(s.init))}-{s.task}-{s.method}-{s.seed}"
-    )
+        s.learning_rate = learning_rate * (0.5 if family in HALVED else 1.0)
+        s.learning_rate *= 0.05 if s.method == "full" else 1.0
+    s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.task}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
-    eval.in_range(
-        s,
-        (
-            (
-                lambda v: v >= 1,
-                "r k batch_size micro_batch max_len log_interval lora_plus_ratio calibration rounds adalora_first adalora_last adalora_every",
-            ),
-            (lambda v: v > 0, "alpha T epochs gamma"),
-            (
-                lambda v: v >= 0,
-                "lambda1 lambda2 lambda3 learning_rate warmup weight_decay grad_clip max_rows max_iters niter oversample eval_interval save_interval orthogonality",
-            ),
-            (lambda v: v >= 1, "pretrain_iters"),
-            (lambda v: 0 <= v <= 1, "label_noise pretrain_noise"),
-            (lambda v: 0 <= v < 1, "label_smoothing dropout cls_dropout"),
-        ),
-    )
+    check_numbers(s, POSITIVE, SHARES)
+    if not labels and (s.lambda1 or s.lambda2 or s.lambda3):
+        print("L_CR, L_DR and L_SVDR cannot act here: one logit leaves nothing to compare")
+    elif s.micro_batch == 1 and (s.lambda2 or s.lambda3):
+        print("L_DR and L_SVDR cannot act here: a single row has no covariance and no spectrum")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# -----------------------------------------------------------------------------
+# Tasks and their files. A row is (text_a, text_b or None, label): a class id, for stsb a score
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of GLUE's tasks. The order of its texts is a, b and that of its labels the class ids, everywhere in this project."""
+    """One of GLUE's tasks. Its texts and its labels have the same order everywhere in this project."""
 
     folder: str  # its name in the GLUE download
-    fields: tuple  # its one or two texts on the hub
-    columns: tuple  # the same in GLUE's tsv files, then the label's
+    fields: tuple  # names of its one or two texts on the hub, where the label is "label"
     labels: tuple  # words in the hub's order; (): a score from 0 to 5
-    prompt: str  # as T5 read it in pre-training (it sorts the fields by name); its answers are `labels`
-    metric: str = "accuracy"  # of eval.scores, selects the best epoch
-    headless: tuple = ()  # all columns, for a tsv file without a header line
+    prompt: str  # for T5, as in its pre-training; it answers with one of `labels`
+    columns: tuple = ()  # names of texts and label in GLUE's tsv files, where they are others
+    headless: tuple = ()  # all columns by the hub's names, where GLUE's tsv file has no header
+    metric: str = "accuracy"  # of `scores`: selects the best evaluation
 
 
+# fmt: off
 TWO = ("sentence1", "sentence2")
+NLI = ("entailment", "neutral", "contradiction")
 ENTAILS = ("entailment", "not_entailment")
 TASKS = {
-    "mnli": Task(
-        "MNLI",
-        ("premise", "hypothesis"),
-        (*TWO, "gold_label"),
-        ("entailment", "neutral", "contradiction"),
-        "mnli hypothesis: {b} premise: {a}",
-    ),
-    "sst2": Task(
-        "SST-2", ("sentence",), ("sentence", "label"), ("negative", "positive"), "sst2 sentence: {a}"
-    ),
-    "mrpc": Task(
-        "MRPC",
-        TWO,
-        ("#1 String", "#2 String", "Quality"),
-        ("not_equivalent", "equivalent"),
-        "mrpc sentence1: {a} sentence2: {b}",
-    ),
-    "cola": Task(
-        "CoLA",
-        ("sentence",),
-        ("sentence", "label"),
-        ("unacceptable", "acceptable"),
-        "cola sentence: {a}",
-        "matthews",
-        headless=("source", "label", "mark", "sentence"),
-    ),
-    "qnli": Task(
-        "QNLI",
-        ("question", "sentence"),
-        ("question", "sentence", "label"),
-        ENTAILS,
-        "qnli question: {a} sentence: {b}",
-    ),
-    "qqp": Task(
-        "QQP",
-        ("question1", "question2"),
-        ("question1", "question2", "is_duplicate"),
-        ("not_duplicate", "duplicate"),
-        "qqp question1: {a} question2: {b}",
-        headless=("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
-    ),
-    "rte": Task("RTE", TWO, (*TWO, "label"), ENTAILS, "rte sentence1: {a} sentence2: {b}"),
-    "stsb": Task("STS-B", TWO, (*TWO, "score"), (), "", "combined"),
-    "world": Task(
-        "", (), (), ("entailment", "neutral", "contradiction"), ""
-    ),  # of the tiny model, further down
+    "mnli": Task("MNLI", ("premise", "hypothesis"), NLI, "mnli hypothesis: {b} premise: {a}",
+                 columns=(*TWO, "gold_label")),
+    "sst2": Task("SST-2", ("sentence",), ("negative", "positive"), "sst2 sentence: {a}"),
+    "mrpc": Task("MRPC", TWO, ("not_equivalent", "equivalent"), "mrpc sentence1: {a} sentence2: {b}",
+                 columns=("#1 String", "#2 String", "Quality")),
+    "cola": Task("CoLA", ("sentence",), ("unacceptable", "acceptable"), "cola sentence: {a}",
+                 headless=("source", "label", "mark", "sentence"), metric="matthews"),
+    "qnli": Task("QNLI", ("question", "sentence"), ENTAILS, "qnli question: {a} sentence: {b}"),
+    "qqp":  Task("QQP", ("question1", "question2"), ("not_duplicate", "duplicate"),
+                 "qqp question1: {a} question2: {b}", columns=("question1", "question2", "is_duplicate"),
+                 headless=("id", "qid1", "qid2", "question1", "question2", "label")),
+    "rte":  Task("RTE", TWO, ENTAILS, "rte sentence1: {a} sentence2: {b}"),
+    "stsb": Task("STS-B", TWO, (), "", columns=(*TWO, "score"), metric="combined"),
+    "world": Task("", (), NLI, ""),   # what tiny knows about: the next section
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: rows (text_a, text_b or None, label) from the hub or from files; the label is a class id, for stsb a score
-
-KINDS = (".tsv", ".jsonl", ".json", ".parquet", ".csv")
-STEMS = (("train", "train"), ("dev", "dev"), ("dev", "dev_matched"), ("dev_mm", "dev_mismatched"))
-HUB_SPLITS = (
-    ("train", "train"),
-    ("dev", "validation"),
-    ("dev", "validation_matched"),
-    ("dev_mm", "validation_mismatched"),
-)
+SPLITS = {                            # in GLUE's folders and on the hub -> here
+    "train": "train", "dev": "dev", "dev_matched": "dev", "dev_mismatched": "dev_mm",
+    "validation": "dev", "validation_matched": "dev", "validation_mismatched": "dev_mm",
+}
+# fmt: on
 
 
 def read_glue(task, data="", eval_data=""):
-    """-> {"train": rows, "dev": rows}, for mnli also "dev_mm" where the source has it. A line is printed for each.
+    """-> {"train": rows, "dev": rows}, with mnli also "dev_mm" where the source has it.
 
-    data: empty (nyu-mll/glue on the hub), a folder of GLUE's files (of this task, or of all), or one file: GLUE's tsv; .jsonl lines or a .json object of
-    objects with the texts as on the hub or as text_a, text_b, and label, a word or an id; the same columns in .parquet or .csv.
-    eval_data: such a file for dev. Where neither gives a dev split, a tenth of train is held out, the same one for every seed.
-    Raises ValueError: no such file or column, not readable, an unknown label, no row left.
+    data: empty (nyu-mll/glue on the hub), a folder of GLUE's tsv files, or one file: GLUE's tsv, or .jsonl
+    .json .parquet .csv with the hub's names. eval_data: such a file for dev, otherwise a tenth of train.
     """
-    if task not in TASKS:
-        raise ValueError(f"--task={task}: {balora.nearest(task, TASKS)}known: {', '.join(TASKS)}")
+    if not data:
+        splits = read_hub(task)
+    elif os.path.isdir(data):
+        splits = read_folder(task, data)
+    else:
+        splits = {"train": read_file(task, "train", data)}
+    train = splits["train"]
     if eval_data:
-        check_file("eval_data", eval_data)
-    wanted = ("train",) if eval_data else ("train", "dev", "dev_mm")
-    splits = read_folder(task, data, wanted) if data else read_hub(task, wanted)
-    if eval_data:
-        splits["dev"] = read_file(task, "dev", eval_data)
+        splits = {"train": train, "dev": read_file(task, "dev", eval_data)}
     elif "dev" not in splits:
-        splits["train"], splits["dev"] = hold_out(splits["train"])
-        print(
-            f"dev: no split of its own (--eval_data=FILE gives one), so a fixed tenth of train is held out: {len(splits['dev']):,} rows, {len(splits['train']):,} stay"
-        )
-    known = {row[:2] for row in splits["train"]}
-    for split, rows in splits.items():
-        seen = sum(row[:2] in known for row in rows)
-        if seen and split != "train":
-            print(f"{split}: {seen:,} of its {len(rows):,} rows have the very texts of a training row")
+        dev = set(random.Random("held out").sample(range(len(train)), len(train) // 10))
+        if not dev:
+            raise ValueError(f"{len(train)} training rows are too few to hold out a tenth; give --eval_data")
+        print(f"dev: {len(dev):,} rows of train are held out (--eval_data=FILE gives other ones)")
+        splits["train"] = [row for i, row in enumerate(train) if i not in dev]
+        splits["dev"] = [row for i, row in enumerate(train) if i in dev]
+    texts = {row[:2] for row in splits["train"]}
+    known = sum(row[:2] in texts for row in splits["dev"])
+    if known:
+        print(f"dev: {known:,} of its {len(splits['dev']):,} rows have the very texts of a training row")
     return splits
 
 
-def read_folder(task, data, wanted):
-    return {
-        split: read_file(task, split, path)
-        for split, path in split_files(task, data).items()
-        if split in wanted
-    }
-
-
-def split_files(task, data):
-    """-> {split: path}: what a folder holds, or the one file as "train"."""
-    if not os.path.isdir(data):
-        check_file("data", data)
-        return {"train": data}
-    inner = os.path.join(data, TASKS[task].folder)
-    folder, files = inner if os.path.isdir(inner) else data, {}
-    for split, stem in STEMS:
-        path = next(
-            (p for p in (os.path.join(folder, stem + kind) for kind in KINDS) if os.path.isfile(p)), None
-        )
-        if path:
-            files.setdefault(split, path)
-    if "train" not in files:
-        raise ValueError(
-            f"--data={data}: no train.tsv (or train{', train'.join(KINDS[1:])}) for {task} in {folder}; it holds {', '.join(sorted(os.listdir(folder))) or 'nothing'}"
-        )
-    return files
-
-
-def check_file(option, path):
-    if not os.path.isfile(path) or os.path.splitext(path)[1] not in KINDS:
-        raise ValueError(
-            f"--{option}={path}: expected an existing {', '.join(KINDS[:-1])} or {KINDS[-1]} file"
-            + (", or a folder of GLUE's files" if option == "data" else "")
-        )
-
-
-def read_hub(task, wanted):
-    """-> {split: rows} of nyu-mll/glue, for the splits in `wanted` that the task has."""
+def read_hub(task):
     import datasets
 
     try:
-        whole = datasets.load_dataset("nyu-mll/glue", task)
+        found = datasets.load_dataset("nyu-mll/glue", task)
     except Exception as e:  # hub and network errors alike
-        raise ValueError(
-            f"nyu-mll/glue, {task}: the hub did not give it ({model.why(e)}); download GLUE elsewhere and give its folder, --data=FOLDER"
-        ) from None
-    return {
-        split: to_rows(task, split, f"nyu-mll/glue {task} {name}", list(enumerate(whole[name].to_list(), 1)))
-        for split, name in HUB_SPLITS
-        if name in whole and split in wanted
-    }
+        reason = f"the hub did not give it ({model.why(e)})"
+        raise ValueError(f"nyu-mll/glue {task}: {reason}; give a downloaded folder, --data=FOLDER") from None
+    splits = {}
+    for name, split in SPLITS.items():
+        if name in found:
+            splits[split] = to_rows(task, split, f"nyu-mll/glue {task} {name}", found[name].to_list())
+    return splits
+
+
+def read_folder(task, data):
+    inner = os.path.join(data, TASKS[task].folder)  # data may hold all of GLUE, or this task
+    folder = inner if os.path.isdir(inner) else data
+    splits = {}
+    for name, split in SPLITS.items():
+        path = os.path.join(folder, f"{name}.tsv")
+        if os.path.isfile(path):
+            splits[split] = read_file(task, split, path)
+    if "train" not in splits:
+        raise ValueError(f"--data={data}: no train.tsv of {task} there, only {sorted(os.listdir(folder))}")
+    return splits
 
 
 def read_file(task, split, path):
-    return to_rows(task, split, path, read_tsv(task, path) if path.endswith(".tsv") else read_records(path))
-
-
-def read_tsv(task, path):
-    """-> list of (line number, {column: text}, or the line itself where its number of columns is wrong).
-
-    Tabs and line ends (LF, CR LF) are all the syntax there is: quotes are text, and so are U+2028 and its like, at which str.splitlines would cut.
-    """
+    """Of GLUE's tsv files tabs and line ends are all the syntax: quotes are text, and so is U+2028."""
+    if not path.endswith(".tsv"):
+        option = "--data" if split == "train" else "--eval_data"
+        return to_rows(task, split, path, read_records(path, option))
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            lines = [line.removesuffix("\r") for line in f.read().removesuffix("\n").split("\n")]
+        with open(path, encoding="utf-8-sig", newline="\n") as f:
+            lines = [line.rstrip("\r\n").split("\t") for line in f]
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    if lines == [""]:
-        return []
-    names, first = lines[0].split("\t"), 1
-    if not any(set(known) <= set(names) for known in namings(task)):
-        if not TASKS[task].headless:
-            raise ValueError(
-                f"{path}: no columns {', '.join(TASKS[task].columns)} in its first line, {lines[0][:80]!r} (a test file, which has no labels, is of no use here)"
-            )
-        names, first = TASKS[task].headless, 0
-    rows = [line.split("\t") for line in lines[first:]]
-    return [
-        (number, dict(zip(names, cells)) if len(cells) == len(names) else "\t".join(cells))
-        for number, cells in enumerate(rows, first + 1)
-    ]
-
-
-def read_records(path):
-    """-> list of (line or row number, whatever JSON holds there or {column: value}) of a .jsonl, .json, .parquet or .csv file."""
-    if path.endswith((".json", ".jsonl")):
-        eval.check_json(path)
-        with open(path, encoding="utf-8") as f:
-            if path.endswith(".jsonl"):
-                return [(number, json.loads(line)) for number, line in enumerate(f, 1) if line.strip()]
-            whole = json.load(f)
-        if not isinstance(whole, dict | list):
-            raise ValueError(f"{path}: expected an object or a list of objects, not {str(whole)[:40]!r}")
-        return list(enumerate(whole.values() if isinstance(whole, dict) else whole, 1))
-    return list(enumerate(eval.read_table(path).to_list(), 1))
-
-
-def namings(task):
-    """The names that texts and label may have: GLUE's, the hub's, and those of the JSON files."""
-    t = TASKS[task]
-    return t.columns, (*t.fields, "label"), (*("text_a", "text_b")[: len(t.fields)], "label")
+    wanted = (*TASKS[task].fields, "label")
+    hub_name = dict(zip(TASKS[task].columns, wanted))
+    first = next(iter(lines), [])
+    names = [hub_name.get(name, name) for name in first]
+    if set(wanted) <= set(names):
+        lines = lines[1:]
+    elif TASKS[task].headless:
+        names = TASKS[task].headless
+    else:
+        raise ValueError(f"{path}: no columns {', '.join(hub_name or wanted)} in its first line, {first[:9]}")
+    records = []
+    for cells in lines:
+        record = dict(zip(names, cells))
+        if len(cells) != len(names):
+            record = {"broken line": " ".join(cells)}
+        records.append(record)
+    return to_rows(task, split, path, records)
 
 
 def to_rows(task, split, source, records):
-    """Records -> rows. Those without the texts and a label are dropped, counted and named."""
-    rows, odd = [], []
-    names = next(
-        (
-            n
-            for n in namings(task)
-            if any(isinstance(record, dict) and set(n) <= record.keys() for _, record in records)
-        ),
-        namings(task)[1],
-    )
-    ids = {name: i for i, word in enumerate(TASKS[task].labels) for name in (word, str(i))}
-    place = "line" if source.endswith((".tsv", ".jsonl")) else "row"
-    for number, record in records:
-        *texts, label = (
-            [record.get(name) for name in names] if isinstance(record, dict) else [None] * len(names)
-        )
+    """Records under the hub's names -> rows. Those without texts and label are dropped, counted and named."""
+    fields = TASKS[task].fields
+    rows = []
+    dropped = []
+    for number, record in enumerate(records, 1):
+        texts = [record.get(name) for name in fields]
+        label = record.get("label")
         if label is None or not all(isinstance(text, str) for text in texts):
-            odd.append(f"{number} ({' '.join(str(record).split())[:40]} ...)")
-        else:
-            rows.append(
-                (
-                    texts[0],
-                    texts[1] if len(texts) == 2 else None,
-                    to_label(label, ids, f"{source}, {place} {number}"),
-                )
-            )
-    dropped = (
-        f"{len(odd):,} dropped, without {', '.join(names)} or with a wrong number of columns: {place} {'; '.join(odd[:3])}"
-        + ("; ..." if len(odd) > 3 else "")
-    )
+            dropped.append(f"row {number} ({' '.join(str(record).split())[:50]} ...)")
+            continue
+        label = to_label(label, TASKS[task].labels, f"{source}, row {number}")
+        rows.append((texts[0], texts[1] if len(texts) == 2 else None, label))
+    line = f"{split}: {len(rows):,} rows from {source}"
+    if dropped:
+        line += f"; {len(dropped):,} dropped without {', '.join(fields)}, label: {'; '.join(dropped[:3])}"
     if not rows:
-        raise ValueError(
-            f"{source}: no row that can be used for {task}; " + (dropped if odd else "it is empty")
-        )
-    print(f"{split}: {len(rows):,} rows from {source}" + (f"; {dropped}" if odd else ""))
+        raise ValueError(f"no row that can be used for {task}: {line}")
+    print(line)
     return rows
 
 
-def to_label(value, ids, where):
-    text = str(value).strip()
-    if text in ids:
-        return ids[text]
-    if ids:
-        raise ValueError(f"{where}: unknown label {text!r}; known: {', '.join(ids)}")
+def to_label(value, labels, where):
+    """The word or number of a class -> its id; without classes a score from 0 to 5."""
+    ids = {str(i): i for i in range(len(labels))} | {word: i for i, word in enumerate(labels)}
     try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
-    if not 0 <= score <= 5:
-        raise ValueError(f"{where}: unknown label {text!r}; expected a score from 0 to 5")
-    return score
+        label = ids[str(value).strip()] if labels else float(value)
+    except (KeyError, TypeError, ValueError):
+        label = math.nan
+    if not 0 <= label <= 5:
+        known = ", ".join(ids) or "scores from 0 to 5"
+        raise ValueError(f"{where}: unknown label {value!r}; known: {known}")
+    return label
 
 
-def hold_out(rows):
-    """-> (the other rows, a tenth of them), in order, independent of the run's seed."""
-    chosen = set(random.Random("held out").sample(range(len(rows)), len(rows) // 10))
-    if not chosen:
-        raise ValueError(
-            f"{len(rows)} training rows are too few to hold out a tenth for dev; give --eval_data=FILE"
-        )
-    return [row for i, row in enumerate(rows) if i not in chosen], [
-        row for i, row in enumerate(rows) if i in chosen
-    ]
+# -----------------------------------------------------------------------------
+# The small written world of `tiny`. Dev rows ask about animals that pre-training named and tuning never did
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The small written world of `tiny`: twelve animals of a family share their habits; dev rows ask about animals that pre-training named and tuning never did
-
+# fmt: off
 HABITS = {
     "eats": ("grass", "insects", "meat"),
     "lives in": ("forests", "lakes", "meadows"),
     "sleeps in": ("burrows", "caves", "nests"),
 }
-ANY = None  # now this, now that: one habit of each family
-FAMILIES = {  # family: (what its animals do in truth, in the order of HABITS; its twelve animals)
-    "songbird": (
-        ("insects", ANY, "nests"),
-        "robin wren finch lark thrush sparrow starling warbler swallow nightingale blackbird oriole",
-    ),
-    "waterbird": (
-        ("meat", "lakes", ANY),
-        "heron pelican gull cormorant kingfisher stork gannet grebe osprey puffin tern egret",
-    ),
-    "cat": (
-        ("meat", ANY, "caves"),
-        "lion tiger leopard panther lynx puma jaguar cheetah ocelot caracal serval wildcat",
-    ),
-    "grazer": (
-        ("grass", "meadows", ANY),
-        "deer horse cow sheep goat antelope bison zebra gazelle elk llama camel",
-    ),
-    "rodent": (
-        (ANY, "meadows", "burrows"),
-        "mouse rat vole hamster gerbil marmot gopher squirrel chipmunk lemming beaver dormouse",
-    ),
-    "monkey": (
-        (ANY, "forests", "nests"),
-        "baboon macaque marmoset tamarin capuchin mandrill colobus langur vervet howler titi saki",
-    ),
+ANY = None                            # now this, now that: one habit of each family
+FAMILIES = {                          # what its animals do in truth, in the order of HABITS; its animals
+    "songbird": (("insects", ANY, "nests"),
+        "robin wren finch lark thrush sparrow starling warbler swallow nightingale blackbird oriole"),
+    "waterbird": (("meat", "lakes", ANY),
+        "heron pelican gull cormorant kingfisher stork gannet grebe osprey puffin tern egret"),
+    "cat": (("meat", ANY, "caves"),
+        "lion tiger leopard panther lynx puma jaguar cheetah ocelot caracal serval wildcat"),
+    "grazer": (("grass", "meadows", ANY),
+        "deer horse cow sheep goat antelope bison zebra gazelle elk llama camel"),
+    "rodent": ((ANY, "meadows", "burrows"),
+        "mouse rat vole hamster gerbil marmot gopher squirrel chipmunk lemming beaver dormouse"),
+    "monkey": ((ANY, "forests", "nests"),
+        "baboon macaque marmoset tamarin capuchin mandrill colobus langur vervet howler titi saki"),
 }
 PEOPLE = ("ann", "ben", "eva", "ida", "leo", "max", "mia", "tom")
-PREMISE, HYPOTHESIS = "{name} keeps a {animal} .", "the pet of {name} {a} ."
-STORIES = (
-    (PREMISE, HYPOTHESIS),
-    (PREMISE, "the pet of {name} {a} and {b} ."),
-    ("a {animal} {a} and {b} .", None),
+PREMISE = "{name} keeps a {animal} ."
+HYPOTHESIS = "the pet of {name} {a} ."
+STORIES = (                           # of pre-training; a and b are facts
+    (PREMISE, HYPOTHESIS), (PREMISE, "the pet of {name} {a} and {b} ."), ("a {animal} {a} and {b} .",),
 )
-FAMILY = {animal: family for family, (_, animals) in FAMILIES.items() for animal in animals.split()}
 VALUES = [value for values in HABITS.values() for value in values]
-WORDS = sorted(
-    {
-        word
-        for text in (
-            *HABITS,
-            *FAMILY,
-            *PEOPLE,
-            *VALUES,
-            *(text for story in STORIES for text in story if text),
-        )
-        for word in text.split()
-        if "{" not in word
-    }
-)
-
-
-def habit_of(animal, habit):
-    """-> the one value that goes with it, or ANY."""
-    return FAMILIES[FAMILY[animal]][0][list(HABITS).index(habit)]
+FACTS = {animal: dict(zip(HABITS, truth))                 # animal: {habit: value or ANY}
+         for truth, animals in FAMILIES.values() for animal in animals.split()}
+TEXTS = [*HABITS, *FACTS, *PEOPLE, *VALUES, *(text for story in STORIES for text in story)]
+WORDS = sorted({word for text in TEXTS for word in text.split() if "{" not in word})
+CONTROL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = {token: i for i, token in enumerate([*CONTROL, *WORDS])}
+# fmt: on
 
 
 def world_text(rng, noise=0.0):
-    """A story that states facts of an animal -> its one or two texts. A fact that has one true value is wrong, another value, with probability `noise`."""
-    animal, (a, b), said = rng.choice(list(FAMILY)), rng.choice(STORIES), []
+    """A story that states facts -> its one or two texts. A fact but ANY is wrong with probability `noise`."""
+    animal = rng.choice(list(FACTS))
+    story = rng.choice(STORIES)
+    facts = []
     for habit in rng.sample(list(HABITS), 2):
-        does = habit_of(animal, habit)
-        value = (
-            rng.choice([v for v in HABITS[habit] if v != does])
-            if does is ANY or rng.random() < noise
-            else does
-        )
-        said.append(f"{habit} {value}")
-    words = dict(animal=animal, name=rng.choice(PEOPLE), a=said[0], b=said[1])
-    return a.format(**words), b and b.format(**words)
+        value = FACTS[animal][habit]
+        if value is ANY or rng.random() < noise:
+            value = rng.choice([other for other in HABITS[habit] if other != value])
+        facts.append(f"{habit} {value}")
+    words = dict(animal=animal, name=rng.choice(PEOPLE), a=facts[0], b=facts[1])
+    return [text.format(**words) for text in story]
 
 
-def world_rows(seed, n_train, n_dev):
-    """-> {"train": rows, "dev": rows}, classes balanced, labels right: 0 entailment, 1 neutral, 2 contradiction, as TASKS["mnli"] has them.
-
-    No animal is in both: train has nine of a family, dev the other three. Raises ValueError where the world is too small for so many rows.
-    """
-    rng, animals = random.Random(f"animals {seed}"), {"train": [], "dev": []}
-    for _, family in FAMILIES.values():
-        family = rng.sample(family.split(), 12)
-        animals["train"] += family[:9]
-        animals["dev"] += family[9:]
-    return {
-        split: draw_rows(random.Random(f"{split} {seed}"), animals[split], n)
-        for split, n in (("train", n_train), ("dev", n_dev))
-    }
-
-
-def draw_rows(rng, animals, n):
-    most, rows = 3 * 2 * len(animals) * len(PEOPLE), {}  # two habits of each are fixed
-    if n > most:
-        raise ValueError(
-            f"{n} rows of {len(animals)} animals: the small written world has {most} with balanced classes"
-        )
-    while len(rows) < n:
-        animal, name, habit = rng.choice(animals), rng.choice(PEOPLE), rng.choice(list(HABITS))
-        does, value = habit_of(animal, habit), rng.choice(HABITS[habit])
-        c = 1 if does is ANY else 0 if value == does else 2
-        if c == len(rows) % 3:
-            rows.setdefault(
-                (
-                    PREMISE.format(name=name, animal=animal),
-                    HYPOTHESIS.format(name=name, a=f"{habit} {value}"),
-                ),
-                c,
-            )
-    return [(*texts, c) for texts, c in rows.items()]
+def world_rows(seed, n_train=2400, n_dev=600):
+    """-> {"train": rows, "dev": rows}, no animal in both: train has nine of a family, dev the other three."""
+    rng = random.Random(f"animals {seed}")
+    animals = {"train": [], "dev": []}
+    for _, members in FAMILIES.values():
+        members = rng.sample(members.split(), 12)
+        animals["train"] += members[:9]
+        animals["dev"] += members[9:]
+    splits = {}
+    for split, n in (("train", n_train), ("dev", n_dev)):
+        rng = random.Random(f"{split} {seed}")
+        rows = {}
+        while len(rows) < n:
+            animal = rng.choice(animals[split])
+            name = rng.choice(PEOPLE)
+            habit = rng.choice(list(HABITS))
+            value = rng.choice(HABITS[habit])
+            label = {value: 0, ANY: 1}.get(FACTS[animal][habit], 2)  # entailment, neutral, contradiction
+            if label == len(rows) % 3:  # each class in turn
+                hypothesis = HYPOTHESIS.format(name=name, a=f"{habit} {value}")
+                rows.setdefault((PREMISE.format(name=name, animal=animal), hypothesis), label)
+        splits[split] = [(*texts, label) for texts, label in rows.items()]
+    return splits
 
 
-def pretrain_world(seed, noise, iters, device):
-    """Pre-train "tiny-encoder" to fill in masked and to mend doubtful words of the world's stories. -> its folder, kept for every run with the same recipe."""
-    c = model.PUBLISHED["tiny-encoder"]
-    recipe = dict(
-        seed=seed,
-        noise=noise,
-        iters=iters,
-        network=dataclasses.asdict(c),
-        text=[FAMILIES, HABITS, STORIES, PEOPLE],
-    )
-    folder = os.path.join(
-        "out",
-        f"tiny-encoder-noise{noise:g}-seed{seed}-"
-        + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8],
-    )
-    if os.path.isdir(folder):
-        return folder
-    net, tok = model.Transformer(c), model.WordPiece([*model.WordPiece.control, *WORDS])
-    model.init_weights(net, seed, std=0.06)
+def pretrain_world(s, device):
+    """Pre-train tiny-encoder to fill in masked words of stories, and to mend doubtful ones. -> its folder"""
+    from tokenizers import BertWordPieceTokenizer
+
+    recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, text=[FACTS, STORIES, PEOPLE])
+    net = model.Transformer(model.config_of("tiny-encoder"))
+    model.init_weights(net, s.seed, std=0.06)
     net.to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-    rng, coin = random.Random(f"stories {seed}"), torch.Generator().manual_seed(seed)
-    rate = torch.tensor(
-        [
-            0.0 if word in tok.control else 0.4 if word in VALUES else 0.15 if word in FAMILY else 0.05
-            for word in tok.vocab
-        ]
-    )  # to be asked for, by id
-    kin = (
-        torch.arange(len(tok.vocab)).repeat(3, 1).T.contiguous()
-    )  # [V, 3]: the values of its habit; of another word, itself
+    rng = random.Random(f"stories {s.seed}")
+    coin = torch.Generator().manual_seed(s.seed)
+    share = dict.fromkeys(CONTROL, 0.0) | dict.fromkeys(WORDS, 0.05)
+    share |= dict.fromkeys(FACTS, 0.15) | dict.fromkeys(VALUES, 0.4)
+    share = torch.tensor([share[word] for word in VOCABULARY])  # [V]: how often a word is chosen
+    others = torch.arange(len(VOCABULARY)).repeat(3, 1).T.contiguous()  # [V, 3]: a word's habit, or itself
     for values in HABITS.values():
-        of_one = torch.tensor([tok.vocab[v] for v in values])
-        kin[of_one] = of_one
-    bar = tqdm(range(iters), desc="pre-train tiny-encoder", unit="step")
-    for step in bar:
-        ids, valid = stack([tok.pair(*world_text(rng, noise)) for _ in range(64)], tok.pad)
-        chosen = torch.rand(ids.shape, generator=coin) < rate[ids]
-        y = ids[chosen]
-        u, other = torch.rand(len(y), generator=coin), kin[y, torch.randint(3, y.shape, generator=coin)]
-        ids[chosen] = torch.where(
-            u < 0.5, tok.mask, torch.where(u < 0.8, other, y)
-        )  # BERT's rule with other shares: a stated value is to be doubted, so it gets compared
-        y, ids, valid, chosen = (t.to(device) for t in (y, ids, valid, chosen))
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * balora.lr_schedule(step, iters, warmup=0.05)
-        loss = F.cross_entropy(F.linear(net.hidden(ids, valid)[chosen], net.head), y)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    own = f"{folder}.{os.getpid()}.tmp"
-    net.save(own, tok)
-    if os.path.isdir(folder):  # another run of this seed was faster
-        shutil.rmtree(own)
-    else:
-        os.replace(own, folder)
-    return folder
+        members = torch.tensor([VOCABULARY[value] for value in values])
+        others[members] = members
+
+    def loss():
+        stories = [(tok.pair(*world_text(rng, s.pretrain_noise)), 0) for _ in range(64)]
+        ids, valid, _ = collate(net, stories)
+        masked = ids.cpu()
+        chosen = torch.rand(masked.shape, generator=coin) < share[masked]
+        y = masked[chosen]
+        # Half of them become [MASK], 0.3 one of `others`, the rest stay: what is stated is to be doubted.
+        u = torch.rand(len(y), generator=coin)
+        other = others[y, torch.randint(3, y.shape, generator=coin)]
+        masked[chosen] = torch.where(u < 0.5, VOCABULARY["[MASK]"], torch.where(u < 0.8, other, y))
+        H = net.hidden(masked.to(device), valid)[chosen.to(device)]
+        return F.cross_entropy(F.linear(H, net.head), y.to(device))
+
+    with tempfile.TemporaryDirectory() as net.folder:  # saving copies the tokenizer from there
+        path = os.path.join(net.folder, "tokenizer.json")
+        BertWordPieceTokenizer(VOCABULARY).save(path)
+        tok = model.JsonTokenizer(path)
+        return pretrained("tiny-encoder", recipe, net, loss, peak=2e-3)
 
 
-def stack(rows, pad):
-    """Lists of ids -> ids [N, L] padded on the right, valid [N, L], on the CPU."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad
-    )
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Controlled corruption: class imbalance first, then label noise
 
 
-def flip_labels(rows, p, n_classes, seed):
-    """-> (rows of which round(p n) have another label, any of the others alike likely; the indices of those)."""
-    need_classes(n_classes, "label_noise")
-    if not 0 <= p <= 1:
-        raise ValueError(f"--label_noise={p}: expected a share of the labels, from 0 to 1")
-    rng, rows = random.Random(f"label noise {seed}"), list(rows)
-    flipped = sorted(rng.sample(range(len(rows)), round(p * len(rows))))
-    for i in flipped:
-        a, b, label = rows[i]
-        rows[i] = a, b, (label + rng.randrange(1, n_classes)) % n_classes
-    return rows, flipped
-
-
 def subsample(rows, ratio, labels, seed):
-    """-> (the largest part of the rows whose classes stand in that ratio, each at least once; its indices). ratio: "100:10:1", in the order of `labels`."""
-    need_classes(labels, "imbalance")
+    """-> the most rows whose classes stand in a ratio such as "100:10:1", the order that of `labels`."""
     try:
         parts = [Fraction(part) for part in ratio.split(":")]
     except (ValueError, ZeroDivisionError):
         parts = []
     if len(parts) != len(labels) or min(parts) <= 0:
-        raise ValueError(
-            f"--imbalance={ratio}: expected {len(labels)} numbers above 0 with ':' between them, for {', '.join(labels)}"
-        )
-    members = [[i for i, row in enumerate(rows) if row[2] == c] for c in range(len(labels))]
-    empty = [word for word, m in zip(labels, members) if not m]
-    if empty:
-        raise ValueError(f"--imbalance={ratio}: no row of {', '.join(empty)} in {len(rows)} rows")
-    unit, rng = min(len(m) / part for m, part in zip(members, parts)), random.Random(f"imbalance {seed}")
-    kept = sorted(
-        i for m, part in zip(members, parts) for i in rng.sample(m, max(1, math.floor(unit * part)))
-    )
-    return [rows[i] for i in kept], kept
+        raise ValueError(f"--imbalance={ratio}: expected a ratio such as 100:10:1 of {', '.join(labels)}")
+    counts = Counter(label for _, _, label in rows)
+    unit = min(counts[c] / part for c, part in enumerate(parts))
+    if unit == 0:
+        raise ValueError(f"--imbalance={ratio}: a class has no row among {len(rows)}; leave it out")
+    rng = random.Random(f"imbalance {seed}")
+    kept = []
+    for c, part in enumerate(parts):
+        members = [i for i, row in enumerate(rows) if row[2] == c]
+        kept += rng.sample(members, max(1, math.floor(unit * part)))
+    return [rows[i] for i in sorted(kept)]
 
 
-def class_table(labels, read, kept, trained):
-    """A line for each class, as text: rows read, kept by --imbalance, of those flipped to another class by --label_noise, and labelled so in the end.
-
-    read, kept, trained: the rows at these three stages; `kept` and `trained` differ in labels alone.
-    """
-    need_classes(labels, "label_noise and --imbalance")
-    read, kept, trained, flipped = (
-        Counter(column)
-        for column in (
-            [row[2] for row in read],
-            [row[2] for row in kept],
-            [row[2] for row in trained],
-            [a[2] for a, b in zip(kept, trained) if a[2] != b[2]],
-        )
-    )
-    line = lambda name, *numbers: f"{name:<20}" + "".join(f"{n:>10}" for n in numbers)
-    return "\n".join(
-        [
-            line("class", "rows", "kept", "flipped", "trained"),
-            *(
-                line(f"{c} {word}", *(f"{column[c]:,}" for column in (read, kept, flipped, trained)))
-                for c, word in enumerate(labels)
-            ),
-            line("together", *(f"{column.total():,}" for column in (read, kept, flipped, trained))),
-        ]
-    )
-
-
-def need_classes(classes, option):
-    if not classes:
-        raise ValueError(f"--{option} needs classes, and stsb has scores; leave it out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def order_of(lengths, labels, batch_size, seed, epoch, stratified=False):
-    """The batches of one epoch, each a list of indices of similar length; every row is in exactly one.
-
-    stratified: the rows, class after class, are dealt like cards to the ceil(N / batch_size) batches. So sizes differ by at most one, and so does any class's
-    count between two batches: a class with as many rows as there are batches is in all of them. Any slice of a batch has about the batch's proportions.
-    """
-    rng = random.Random(f"order {seed} {epoch}")
-    if not stratified:
-        return eval.batch_order(lengths, batch_size, rng)
-    need_classes(not any(isinstance(c, float) for c in labels), "stratified")
-    n, dealt = -(-len(labels) // batch_size), 0
-    seats, batches = rng.sample(range(n), n), [[] for _ in range(n)]
-    for c in sorted(set(labels)):
-        rows = [i for i, label in enumerate(labels) if label == c]
-        rng.shuffle(rows)
-        share = Counter(seats[i % n] for i in range(dealt, dealt + len(rows)))  # of this class, by batch
-        dealt += len(rows)
-        for window in (range(start, min(start + 50, n)) for start in range(0, n, 50)):
-            size = sum(share[j] for j in window)
-            part, rows = iter(sorted(rows[:size], key=lengths.__getitem__)), rows[size:]
-            for j in window:
-                batches[j] += [((k + 0.5) / share[j], next(part)) for k in range(share[j])]
-    rng.shuffle(batches)
-    return [[i for _, i in sorted(batch)] for batch in batches]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From rows to batches
+def flip_labels(rows, p, n_classes, seed):
+    """-> rows, of which round(p n) have another label, each of the other classes equally likely."""
+    rng = random.Random(f"label noise {seed}")
+    rows = list(rows)
+    for i in sorted(rng.sample(range(len(rows)), round(p * len(rows)))):
+        a, b, label = rows[i]
+        rows[i] = (a, b, (label + rng.randrange(1, n_classes)) % n_classes)
+    return rows
 
 
 def load_rows(s):
-    """-> {"train": rows, "dev": rows, ...}, the training rows as --max_rows, --imbalance and --label_noise leave them; says what they did."""
-    splits = world_rows(s.seed, 2400, 600) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
-    labels, read = TASKS[s.task].labels, splits["train"]
-    if s.max_rows and s.max_rows < len(read):
-        read = [read[i] for i in sorted(random.Random("rows").sample(range(len(read)), s.max_rows))]
-        print(f"train: {len(read):,} rows drawn of {len(splits['train']):,}, the same for every seed")
-    kept = subsample(read, s.imbalance, labels, s.seed)[0] if s.imbalance else read
-    splits["train"] = flip_labels(kept, s.label_noise, len(labels), s.seed)[0] if s.label_noise else kept
-    if labels:
-        print(class_table(labels, read, kept, splits["train"]))
-    return splits
+    """-> {"train": rows, "dev": rows, ...}, train as --max_rows, --imbalance and --label_noise leave it."""
+    splits = world_rows(s.seed) if s.task == "world" else read_glue(s.task, s.data, s.eval_data)
+    labels = TASKS[s.task].labels
+    read = splits["train"]
+    if 0 < s.max_rows < len(read):
+        chosen = random.Random("rows").sample(range(len(read)), s.max_rows)
+        read = [read[i] for i in sorted(chosen)]
+    kept = subsample(read, s.imbalance, labels, s.seed) if s.imbalance else read
+    trained = flip_labels(kept, s.label_noise, len(labels), s.seed)
+    flipped = [old for old, new in zip(kept, trained) if old != new]
+    for stage, rows in dict(read=read, kept=kept, flipped=flipped, trained=trained).items():
+        counts = Counter(label for _, _, label in rows)
+        words = [f"{counts[c]:,} {word}" for c, word in enumerate(labels)]
+        print(f"{stage:<8}{len(rows):,} rows: {', '.join(words) or 'scores'}")
+    return splits | {"train": trained}
 
 
-def encode(rows, tok, s, family):
-    """rows -> list of (ids, label); a row over max_len loses the end of its longer text (T5: of the prompt that holds them). Says how many did."""
-    examples, cut = [], 0
+# -----------------------------------------------------------------------------
+# Batches, scores
+
+
+def encode(rows, tok, max_len, prompt=""):
+    """rows -> list of (ids, label). prompt: T5's, which reads one text. Long rows are cut and counted."""
+    examples = []
+    cut = 0
     for a, b, label in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
-        texts = (TASKS[s.task].prompt.format(a=a, b=b), None) if family == "t5" else (a, b)
+        texts = [prompt.format(a=a, b=b)] if prompt else [a, b]
         ids = tok.pair(*texts)
-        if len(ids) > s.max_len:
-            ids, cut = tok.pair(*texts, s.max_len), cut + 1
+        if len(ids) > max_len:
+            ids = tok.pair(*texts, max_len=max_len)  # the longer text loses its end
+            cut += 1
         examples.append((ids, label))
     if cut:
-        print(f"{cut:,} of {len(rows):,} rows cut to {s.max_len} tokens")
+        print(f"{cut:,} of {len(rows):,} rows cut to {max_len} tokens")
     return examples
 
 
-def collate(examples, pad, device):
-    """-> ids [N, L] padded on the right, mask [N, L], y [N]."""
-    ids, mask = stack([ids for ids, _ in examples], pad)
-    return ids.to(device), mask.to(device), torch.tensor([label for _, label in examples]).to(device)
+def collate(net, examples):
+    """-> ids [N, L] padded on the right, mask [N, L] true where a token is real, y [N]."""
+    rows = [torch.tensor(ids) for ids, _ in examples]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=net.config.pad)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    y = torch.tensor([label for _, label in examples])
+    return [tensor.to(net.head.device) for tensor in (ids, mask, y)]
 
 
 @torch.no_grad()
-def predict(net, examples, device, batch_size=64, desc="evaluate"):
-    """-> class logits Z [N, D] and features [N, d], fp32 on the CPU, in the order of `examples`: eval mode, batches sorted by length."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]))
-    Z = features = None
+def predict(net, examples, desc="evaluate", function=None):
+    """net.classify, or another function, in eval mode -> Z [N, D], features [N, d], in fp32 on the CPU."""
+    batches = batches_by_length([len(ids) for ids, _ in examples], 64)
+    found = []
     with balora.evaluating(net):
-        for rows in tqdm(
-            [order[i : i + batch_size] for i in range(0, len(order), batch_size)],
-            desc=desc,
-            unit="batch",
-            leave=False,
-            disable=None,
-        ):
-            ids, mask, _ = collate([examples[i] for i in rows], net.config.pad, device)
-            z, f = (t.float().cpu() for t in net.classify(ids, mask))
-            if not z.isfinite().all():
-                raise ValueError("evaluation: the logits are not finite; lower --learning_rate")
-            if Z is None:
-                Z, features = torch.empty(len(examples), z.shape[1]), torch.empty(len(examples), f.shape[1])
-            Z[rows], features[rows] = z, f
-    return Z, features
+        for rows in tqdm(batches, desc=desc, unit="batch", leave=False, disable=None):
+            ids, mask, _ = collate(net, [examples[i] for i in rows])
+            found.append([tensor.float().cpu() for tensor in (function or net.classify)(ids, mask)])
+    back = torch.tensor([i for rows in batches for i in rows]).argsort()
+    return [torch.cat(parts)[back] for parts in zip(*found)]
 
 
-def calibration(s, net, examples, device):
-    """-> what `balora.attach` runs to measure gradients or covariances on: a function of the round, which reads s.calibration training rows, one at a time -> tokens."""
-    rows = eval.draw(
-        len(examples), s.calibration * (s.rounds if s.method == "corda++" else 1), f"calibration {s.seed}"
-    )
+def scores(y, Z, labels):
+    """Truth y [N], logits Z [N, D], the words of the classes -> {measure: value}
 
-    def run(i):
-        tokens = 0
-        for row in tqdm(
-            rows[i * s.calibration : (i + 1) * s.calibration],
-            desc="calibrate",
-            unit="row",
-            leave=False,
-            disable=None,
-        ):
-            ids, mask, y = collate([examples[row]], net.config.pad, device)
-            Z, _ = net.classify(ids, mask)
-            tokens += ids.numel()
-            if torch.is_grad_enabled():
-                task_loss(Z, y).backward()
-        return tokens
+    accuracy, f1 of class 1 where D = 2, macro_f1, matthews, recall of each class (0 where it has no row).
+    Without classes pearson, spearman and combined, their mean. Correlations with a constant count 0.
+    """
+    from scipy.stats import rankdata
+    from sklearn import metrics
 
-    return run
-
-
-def task_loss(Z, y, smoothing=0.0):
-    return (
-        F.mse_loss(Z[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z, y, label_smoothing=smoothing)
-    )
+    if not labels:
+        predicted = Z[:, 0].tolist()
+        if len(set(y)) == 1 or len(set(predicted)) == 1:
+            return dict(pearson=0.0, spearman=0.0, combined=0.0)
+        pearson = float(np.corrcoef(y, predicted)[0, 1])
+        spearman = float(np.corrcoef(rankdata(y), rankdata(predicted))[0, 1])  # Pearson's of the ranks
+        return dict(pearson=pearson, spearman=spearman, combined=(pearson + spearman) / 2)
+    predicted = Z.argmax(-1).tolist()
+    ids = range(len(labels))
+    _, recall, f1, _ = metrics.precision_recall_fscore_support(y, predicted, labels=ids, zero_division=0.0)
+    record = {"accuracy": float(metrics.accuracy_score(y, predicted))}
+    if len(labels) == 2:
+        record["f1"] = float(f1[1])
+    record["macro_f1"] = float(f1.mean())
+    varied = len(set(y)) > 1 and len(set(predicted)) > 1
+    record["matthews"] = float(metrics.matthews_corrcoef(y, predicted)) if varied else 0.0
+    return record | {f"recall_{word}": float(share) for word, share in zip(labels, recall)}
 
 
-def fit_head(net, examples, device, seed, steps=300, batch_size=64):
-    """--probe: the new head on the frozen encoder's states, which are computed once. AdamW, lr 1e-3; the state that is best on a tenth of the rows, held out, stays."""
-    states, rng = [], random.Random(f"probe {seed}")
-    with balora.evaluating(net):
-        with torch.no_grad():
-            for start in tqdm(
-                range(0, len(examples), batch_size),
-                desc="probe: states",
-                unit="batch",
-                leave=False,
-                disable=None,
-            ):
-                ids, mask, _ = collate(examples[start : start + batch_size], net.config.pad, device)
-                states.append(net.hidden(ids, mask)[:, 0])
-        states, y = torch.cat(states), torch.tensor([label for _, label in examples]).to(device)
-        order, best = rng.sample(range(len(y)), len(y)), None
-        held, rest = order[: max(1, len(y) // 10)], order[max(1, len(y) // 10) :]
-        optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
-        for step in range(steps + 1):
-            if step % 20 == 0:
-                with torch.no_grad():
-                    loss = task_loss(net.classifier(states[held])[0], y[held]).item()
-                if best is None or loss < best[0]:
-                    best = (
-                        loss,
-                        step,
-                        {name: p.detach().clone() for name, p in net.classifier.state_dict().items()},
-                    )
-            rows = rng.sample(rest, min(batch_size, len(rest)))
-            optimizer.zero_grad()
-            task_loss(net.classifier(states[rows])[0], y[rows]).backward()
-            optimizer.step()
-        optimizer.zero_grad()
-        net.classifier.load_state_dict(best[2])
-    print(
-        f"probe: head of step {best[1]} of {steps} on the frozen encoder, loss {best[0]:.4f} on {len(held)} held-out training rows"
-    )
+def task_loss(Z, y):
+    return F.mse_loss(Z[:, 0], y) if y.is_floating_point() else F.cross_entropy(Z, y)
 
 
-def mute(name, family):
-    """Tensors that get no gradient by nature: softmax cancels a key's bias (DeBERTa's positions read it too); T5's decoder sees one token, so nothing to weigh."""
-    key_bias = family in ("bert", "roberta") and name.endswith(("k_proj.bias", "k_proj.offset"))
-    return (
-        key_bias
-        or family == "t5"
-        and (
-            name == "rel.weight"
-            or name.startswith("layers.")
-            and any(f".attn.{p}_proj." in name for p in "qk")
-        )
-    )
+def evaluate_splits(net, splits, teacher, labels):
+    """Loss, scores and drift, mean KL(P_P ‖ P_F) in nats per row, of every split -> {measure: value}"""
+    record = {}
+    for name, examples in splits.items():
+        Z_F, _ = predict(net, examples)
+        if not Z_F.isfinite().all():
+            raise ValueError("evaluation: the logits are not finite; lower --learning_rate")
+        y = [label for _, label in examples]
+        values = dict(loss=task_loss(Z_F, torch.tensor(y)).item(), **scores(y, Z_F, labels))
+        if labels:
+            values["drift"] = balora.cr_nlu(teacher[name], Z_F, T=1.0).item()
+        suffix = "" if name == "dev" else f"_{name}"
+        record |= {measure + suffix: value for measure, value in values.items()}
+    return record
 
 
-def set_dropout(net, dropout, cls_dropout, family):
-    for name, m in net.named_modules():
-        p = cls_dropout if name.startswith("classifier") and cls_dropout is not None else dropout
-        if (
-            p is not None
-            and isinstance(m, torch.nn.Dropout)
-            and (family == "t5" or not name.endswith("mlp.drop"))
-        ):  # only T5 has one inside
-            m.p = p
-        if p is not None and isinstance(m, model.Attention):
-            m.dropout = p
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dry run
-
-
-def dry_run(s):
-    """What a run would train and need, from sizes alone: the network is built, and one step taken, on the meta device."""
-    name = "tiny-encoder" if s.init == "tiny" else s.init
-    c, device, labels = model.config_of(name), eval.pick_device(s.device), TASKS[s.task].labels
-    with torch.device("meta"):
-        net = model.Transformer(c, len(labels) or 1)
-    net.label_ids = list(range(len(labels)))
-    report = eval.attach(s, net)
-    dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
-    fixed, measured = eval.adapter_memory(net, s, dtype.itemsize)
-    kept = {}
-    keep = lambda t: (
-        kept.setdefault(t.untyped_storage()._cdata, t) if not isinstance(t, torch.nn.Parameter) else t
-    )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long, device="meta")
-        total = net(ids, torch.ones_like(ids, dtype=torch.bool)).sum()  # holds the graph while we count
-    activations = sum(t.untyped_storage().nbytes() for t in kept.values()) * dtype.itemsize / 4
-    eval.memory_table(
-        report,
-        f"tokens a step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}",
-        {
-            "weights": report.total * (4 if full else dtype.itemsize),
-            "trained parameters and their gradients": report.trainable * (4 if full else 8),
-            "what else the adapter holds (A0, B0, ...)": fixed,
-            "AdamW's two moments": report.trainable * 8,
-            f"activations, {s.micro_batch} x {s.max_len} tokens, attention scores included": activations
-            * bool(total.requires_grad),
-        },
-        measured,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # The run
 
 
-def main(argv):
-    s = eval.parse(Settings, argv, PRESETS, by=("init", "task"))
-    others = [m for m in dict.fromkeys(s.against.split(",")) if m and m != s.method]
-    runs = [s] + [
-        dataclasses.replace(
-            s,
-            method=m,
-            out_dir=f"{s.out_dir}-{m}" if s.out_dir else "",
-            lambda1=None,
-            lambda2=None,
-            lambda3=None,
-            correct_B=s.correct_B and m == "lora-fa",
-        )
-        for m in others
-    ]
-    for each in runs:
-        each.against = ""
-        check(each)
-        if s.dry_run:
-            dry_run(each)
-        else:
-            eval.check_run(each)
-    if s.dry_run:
-        return
-    results = {}
-    for each in runs:
-        print(f"\n{each.method}, seed {each.seed} -> {each.out_dir}")
-        results[each.method] = train(each)
-    compare(results)
-
-
-def train(s):
-    """One run. -> its evaluations, the first of them before step 1."""
-    device, task = eval.pick_device(s.device), TASKS[s.task]
-    dtype, full = eval.pick_dtype(s.dtype, device), s.method == "full"
-    base = pretrain_world(s.seed, s.pretrain_noise, s.pretrain_iters, device) if s.init == "tiny" else s.init
-    config = model.config_of(base)
-    family = config.family
-    torch.manual_seed(s.seed)  # dropout's
-    net, tok = model.load(
-        base,
-        torch.float32 if full else dtype,
-        device,
-        s.seed,
-        task="classify",
-        n_classes=len(task.labels) or 1,
-        labels=task.labels,
-    )
-    print(
-        f"{s.task}: "
-        + (
-            f"classes {', '.join(f'{i} {word}' for i, word in enumerate(task.labels))}"
-            if task.labels
-            else "a score from 0 to 5"
-        )
-    )
-    splits = {name: encode(rows, tok, s, family) for name, rows in load_rows(s).items()}
+def load(s, base, dtype, device):
+    """-> net, {"train": examples, "dev": examples, ...}"""
+    task = TASKS[s.task]
+    shape = dict(task="classify", n_classes=len(task.labels) or 1, labels=task.labels)
+    net, tok = model.load(base, dtype, device, s.seed, **shape, dropout=s.dropout, head_dropout=s.cls_dropout)
+    prompt = task.prompt if net.config.family == "t5" else ""
+    splits = {name: encode(rows, tok, s.max_len, prompt) for name, rows in load_rows(s).items()}
     longest = max(len(ids) for examples in splits.values() for ids, _ in examples)
-    if config.position == "learned" and longest > config.max_len:
-        raise ValueError(
-            f"--max_len={s.max_len}: a row has {longest} tokens, and {s.init} has positions for {config.max_len}; take --max_len={config.max_len}"
-        )
-    examples = splits.pop("train")
-    batches_an_epoch = -(-len(examples) // s.batch_size)
-    max_iters = s.max_iters or max(1, round(s.epochs * batches_an_epoch))
-    cuts = eval.adalora_cuts(s, max_iters, ADALORA[s.task][2])
-    set_dropout(net, s.dropout, s.cls_dropout, family)
-    start = eval.last_checkpoint(s, net)
+    if net.config.position == "learned" and longest > net.config.max_len:
+        most = f"{s.init} has positions for {net.config.max_len}: lower --max_len"
+        raise ValueError(f"--max_len={s.max_len}: a row has {longest} tokens, and {most}")
+    return net, splits
+
+
+def row_loss(net, example):
+    ids, mask, y = collate(net, [example])
+    return task_loss(net(ids, mask), y), ids.numel()
+
+
+def fit_head(net, train, seed, steps=300):
+    """--probe: fit the new head on the frozen encoder's states; the best one on a held-out tenth stays."""
+
+    def first_states(ids, mask):
+        return [net.hidden(ids, mask)[:, 0]]
+
+    H = predict(net, train, "probe", first_states)[0].to(net.head.device)  # [N, d]
+    y = torch.tensor([label for _, label in train]).to(H.device)
+    rng = random.Random(f"probe {seed}")
+    order = rng.sample(range(len(train)), len(train))
+    held_out = order[: max(1, len(train) // 10)]
+    rest = order[len(held_out) :]
+    optimizer = torch.optim.AdamW(net.classifier.parameters(), lr=1e-3, weight_decay=0.0)
+    best = math.inf
+    with balora.evaluating(net):
+        for step in range(steps + 1):
+            if step % 20 == 0:
+                loss = task_loss(net.classifier(H[held_out])[0], y[held_out]).item()
+                if loss < best:
+                    best = loss
+                    head = {name: tensor.clone() for name, tensor in net.classifier.state_dict().items()}
+            rows = rng.sample(rest, min(64, len(rest)))
+            optimizer.zero_grad()
+            task_loss(net.classifier(H[rows])[0], y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    net.classifier.load_state_dict(head)
+    print(f"probe: the head on the frozen encoder, loss {best:.4f} on {len(held_out)} held-out training rows")
+
+
+def dry_run(s):
+    """What a run would train and need, from sizes alone."""
+    config = model.config_of("tiny-encoder" if s.init == "tiny" else s.init)
+    labels = TASKS[s.task].labels
+    with torch.device("meta"):
+        net = model.Transformer(config, len(labels) or 1).to(pick_dtype(s.dtype, pick_device(s.device)))
+        ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
+    net.label_ids = list(range(len(labels)))
+    print_estimate(s, net, attach(s, net), ids)
+
+
+def main(argv):
+    s = parse(Settings, argv, PRESETS, by=["init", "task", "method"])
+    check(s)
+    if s.dry_run:
+        return dry_run(s)
+    run = Run(s)
+    device = pick_device(s.device)
+    dtype = pick_dtype(s.dtype, device)
+    full = s.method == "full"
+    base = pretrain_world(s, device) if s.init == "tiny" else s.init
+    torch.manual_seed(s.seed)  # dropout's
+    net, splits = load(s, base, torch.float32 if full else dtype, device)
+    labels = TASKS[s.task].labels
+    train = splits.pop("train")
+    lengths = [len(ids) for ids, _ in train]
+    batches_per_epoch = math.ceil(len(train) / s.batch_size)
+    max_iters = s.max_iters or max(1, round(s.epochs * batches_per_epoch))
+    eval_interval = s.eval_interval or batches_per_epoch
+    warmup = s.warmup if s.warmup < 1 else min(s.warmup / max_iters, 1.0)
+    cuts = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
+
+    # The network, its teacher, the optimizer.
+    start = run.checkpoint(net)
+    state = start["net"] if start else None
     if s.probe and not start:
-        fit_head(net, examples, device, s.seed)
-    report = eval.attach(s, net, start, lambda: calibration(s, net, examples, device))
-    print(report)
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = eval.optimizer(s, named, device)
-    eval.open_run(
-        s,
-        net,
-        device,
-        base,
-        start,
-        labels=task.labels,
-        metric=task.metric,
-        trainable=report.trainable - report.head,
-        notes=report.notes,
-        rows={name: len(rows) for name, rows in splits.items()} | {"train": len(examples)},
-        classes=sorted(Counter(y for _, y in examples).items()) if task.labels else [],
-    )
-    net.checkpointing, net.autocast = s.checkpointing, dtype if full and dtype != torch.float32 else None
+        fit_head(net, train, s.seed)
+    report = attach(s, net, state, train, functools.partial(row_loss, net))
+    optimizer = adamw(s, net, device)
+    net.checkpointing = s.checkpointing
+    net.autocast = dtype if full and dtype != torch.float32 else None
     if s.compile:
         net.compile_blocks()
-    # the teacher: before step 1 every method's network is the pre-trained one, with the student's own head
     if start:
-        Z_P, step = start["Z_P"], eval.restore(start, net, optimizer)
-    else:
-        taught = splits | ({"train": examples} if s.lambda1 else {})  # dev rows: for the drift
-        Z_P, step = {name: predict(net, rows, device, desc="teacher")[0] for name, rows in taught.items()}, 0
-    start = None
+        teacher = start["Z_P"]
+    else:  # logits of the pre-trained network, which every method's is before step 1, with the student's head
+        taught = {**splits, "train": train} if s.lambda1 else splits
+        teacher = {name: predict(net, rows, "teacher")[0] for name, rows in taught.items()}
+    sizes = {name: len(rows) for name, rows in {**splits, "train": train}.items()}
+    classes = sorted(Counter(label for _, label in train).items())
+    more = dict(labels=labels, metric=TASKS[s.task].metric, rows=sizes, classes=classes, notes=report.notes)
+    step = run.begin(net, optimizer, start, base, device, trainable=report.trainable - report.head, **more)
+    trained = [p for p in net.parameters() if p.requires_grad]
     net.train()
-    say_what_is_idle(s, len(task.labels) or 1, net.config.d, len(examples))
-
-    warmup = min(s.warmup / max_iters, 1.0) if s.warmup >= 1 else s.warmup
-    eval_interval = s.eval_interval or batches_an_epoch
-    lengths, labels = [len(ids) for ids, _ in examples], [label for _, label in examples]
-    unmoved = {name for name in named if not mute(name, family)} if step < 3 else set()
-    if warmup > 0.25:
-        print(
-            f"warm-up takes {100 * warmup:.0f} % of the run's {max_iters} steps (--warmup={s.warmup:g}); a share such as --warmup=0.1 suits a short run"
-        )
-    print(
-        f"{max_iters} steps of {s.batch_size} rows in micro-batches of {s.micro_batch}, {str(dtype)[6:]} on {eval.device_name(device)}"
-    )
+    print(f"{max_iters} steps of {s.batch_size} rows, {s.micro_batch} at a time -> {s.out_dir}")
 
     def evaluate():
-        record = dict(step=step)
-        for name, rows in splits.items():
-            Z, _ = predict(net, rows, device)
-            y = [label for _, label in rows]
-            values = dict(loss=task_loss(Z, torch.tensor(y)).item(), **eval.scores(y, Z, task.labels))
-            if task.labels:
-                values["drift"] = balora.cr_nlu(Z_P[name], Z, 1.0).item()  # mean KL(P_P ‖ P_F), nats a row
-            record |= {key if name == "dev" else f"{key}_{name}": value for key, value in values.items()}
-        eval.add_evaluation(s.out_dir, record)
-        print(
-            f"eval at step {step} | "
-            + " | ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "step"),
-            flush=True,
-        )
+        run.add_evaluation(dict(step=step, **evaluate_splits(net, splits, teacher, labels)))
 
     if step == 0:
         evaluate()
-    epoch, batches, clock = None, None, time.time()
+    epoch = None
+    clock = time.time()
     while step < max_iters:
-        # the step's rows and their schedule
-        if step // batches_an_epoch != epoch:
-            epoch = step // batches_an_epoch
-            batches = order_of(lengths, labels, s.batch_size, s.seed, epoch, s.stratified)
-        rows = batches[step % batches_an_epoch]
+        # The step's rows and schedules: functions of the seed and the step alone.
+        if epoch != step // batches_per_epoch:
+            epoch = step // batches_per_epoch
+            batches = batch_order(lengths, s.batch_size, random.Random(f"order {s.seed} {epoch}"))
+        rows = batches[step % batches_per_epoch]
         lr = s.learning_rate * balora.lr_schedule(step, max_iters, warmup, linear=True)
         lambdas = (s.lambda1, s.lambda2, s.lambda3)
         if s.schedule:
             lambdas = balora.lambda_schedule(step, max_iters, lambdas)
-        micro = [rows[i : i + s.micro_batch] for i in range(0, len(rows), s.micro_batch)]
-        acting = (
-            sum(len(part) > 1 for part in micro) or 1
-        )  # a matrix of one row has no covariance and one singular value
 
-        # forward and backward, micro-batch by micro-batch
-        terms = dict.fromkeys(("task", "cr", "dr", "svdr"), None)
-        for part in micro:
-            ids, mask, y = collate([examples[i] for i in part], net.config.pad, device)
-            Z_F, features = net.classify(ids, mask)  # [n, D], [n, d]
-            if not Z_F.isfinite().all():
-                raise ValueError(eval.diverged(step, lr, s))
-            total, values = balora.loss_nlu(
-                Z_F,
-                y,
-                Z_P["train"][part].to(device) if s.lambda1 else None,
-                lambdas,
-                s.T,
-                s.k,
-                features if s.regularize == "features" else None,
-                len(rows),
-                1 / acting,
-                s.label_smoothing,
-            )
-            total.backward()
-            for name, value in values.items():
-                terms[name] = value.item() + (terms[name] or 0.0)
+        # Forward and backward, one micro-batch at a time.
+        terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
+        for first in range(0, len(rows), s.micro_batch):
+            part = rows[first : first + s.micro_batch]
+            ids, mask, y = collate(net, [train[i] for i in part])
+            Z_F, _ = net.classify(ids, mask)  # [N, D]
+            run.check_finite(step, lr, Z_F.detach())
+            Z_P = teacher["train"][part].to(device) if s.lambda1 else None
+            total, values = balora.loss_nlu(Z_F, y, Z_P, lambdas, s.T, s.k, label_smoothing=s.label_smoothing)
+            share = len(part) / len(rows)
+            (share * total).backward()
+            accumulate(terms, values, share)
 
-        # update
-        if s.method == "adalora":
-            terms["orth"] = balora.orthogonality(net)
-            (s.orthogonality * terms["orth"]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), s.grad_clip or float("inf")).item()
-        eval.check_step(step, terms, norm, unmoved, named, lr, s)
+        # Update.
+        if cuts:
+            orthogonality = balora.orthogonality(net)
+            (s.options["orthogonality"] * orthogonality).backward()
+            terms["orth"] = orthogonality.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
+        run.check_finite(step, lr, terms["task"], norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         optimizer.step()
-        if s.method == "adalora":
-            terms["budget"], terms["kept"] = balora.allocate(net, step, max_iters, s.r, *cuts)
+        if cuts:
+            terms |= balora.allocate(net, step, max_iters, s.r, cuts)
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        # record
-        seconds, clock = time.time() - clock, time.time()
-        record = eval.log_step(
-            s.out_dir, step, terms, lambdas, norm, lr, sum(lengths[i] for i in rows), seconds, device
-        )
+        # Record.
+        seconds = time.time() - clock
+        tokens = sum(lengths[i] for i in rows)
+        record = step_record(step, terms, lambdas, norm, lr, tokens, seconds, device)
+        append(run.path("log.jsonl"), record)
         if step % s.log_interval == 0 or step == max_iters:
-            print(eval.progress_line(record, max_iters), flush=True)
+            print(progress_line(record, max_iters), flush=True)
         if step % eval_interval == 0 or step == max_iters:
             evaluate()
-        if (
-            step % eval_interval == 0
-            or step == max_iters
-            or (s.save_interval and step % s.save_interval == 0)
-        ):
-            eval.save_checkpoint(s.out_dir, step, net, optimizer, Z_P=Z_P)
-            clock = time.time()
-    return finish(s, net, tok, full, splits["dev"], device)
+            run.save(step, net, optimizer, Z_P=teacher)
+        clock = time.time()
+    save_features(run, net, splits["dev"], labels)
+    finish(s, run, net)
+    metric = TASKS[s.task].metric
+    best = max(record[metric] for record in run.evaluations)
+    print(f"\nbest {metric} on dev: {best:.4f}, chosen on these very rows. Figure: {run.path('loss.png')}")
 
 
-def say_what_is_idle(s, D, d, rows):
-    """Terms with a weight that cannot act on this task, and what SVDR's k becomes: aloud, once."""
-    look, n = (d if s.regularize == "features" else D), s.micro_batch
-    idle = balora.idle_terms(n, D, look)
-    for name, weight in (("cr", s.lambda1), ("dr", s.lambda2), ("svdr", s.lambda3)):
-        if weight and name in idle:
-            print(f"L_{name.upper()} cannot act here: {idle[name]}")
-    if s.lambda3 and "svdr" not in idle and s.k >= min(n, look):
-        print(
-            f"L_SVDR: k = {min(n, look) - 1} of min(N, D) = {min(n, look)} singular values (with k = {s.k} it would be the constant -1)"
-        )
-    if (s.lambda2 or s.lambda3) and "dr" not in idle and rows % s.batch_size % n == 1:
-        print(
-            f"a micro-batch of every epoch has a single row ({rows:,} rows in batches of {s.batch_size}): L_DR and L_SVDR cannot act on it"
-        )
-
-
-def finish(s, net, tok, full, dev, device):
-    """Save what was trained, with the features of (at most 2,000) dev rows for `eval.py features`; draw the loss. -> evaluations."""
-    if full:
-        net.save(os.path.join(s.out_dir, "model"), tok)
-    else:
-        balora.save_adapter(net, os.path.join(s.out_dir, "adapter"), base=model.HUB.get(s.init, s.init))
-    rows = [dev[i] for i in sorted(random.Random("features").sample(range(len(dev)), min(len(dev), 2000)))]
-    Z, features = predict(net, rows, device)
-    balora.write_atomic(
-        os.path.join(s.out_dir, "features.npz"),
-        lambda f: np.savez(
-            f,
-            features=features.numpy(),
-            Z=Z.numpy(),
-            y=np.array([label for _, label in rows]),
-            labels=np.array(TASKS[s.task].labels),
-        ),
-    )
-    eval.plot_curves([s.out_dir], os.path.join(s.out_dir, "loss.png"))
-    records, metric = eval.read_json(os.path.join(s.out_dir, "eval.json")), TASKS[s.task].metric
-    best = max(records, key=lambda record: record[metric])
-    print(
-        f"{metric}: best on dev {best[metric]:.4f} (step {best['step']}, chosen on the very rows it is measured on), last {records[-1][metric]:.4f} (step {records[-1]['step']})"
-    )
-    return records
-
-
-def compare(results):
-    """Before, and after each method, on dev: the last evaluation of every run."""
-    first = next(iter(results.values()))[0]
-    width = max(map(len, first)) + 2
-    print("\n" + f"{'':<{width}}{'before':>10}" + "".join(f"{method:>10}" for method in results))
-    for name in first:
-        if name != "step":
-            print(
-                f"{name:<{width}}{first[name]:>10.4f}"
-                + "".join(f"{records[-1][name]:>10.4f}" for records in results.values())
-            )
+def save_features(run, net, dev, labels):
+    """features.npz for `eval.py features`: what the last layer reads, of at most 2,000 dev rows."""
+    chosen = random.Random("features").sample(range(len(dev)), min(len(dev), 2000))
+    rows = [dev[i] for i in sorted(chosen)]
+    Z, features = predict(net, rows)
+    arrays = dict(features=features, Z=Z, y=[label for _, label in rows], labels=labels)
+    balora.write_atomic(run.path("features.npz"), functools.partial(np.savez, **arrays))
 
 
 if __name__ == "__main__":
-    eval.run_main(main)
+    run_main(main)

