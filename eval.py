@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -49,8 +50,6 @@ from train_nlg import (
     fill,
     last_name,
     measure,
-    pick_device,
-    pick_dtype,
     plot_curves,
     pyplot,
     read_json,
@@ -71,8 +70,8 @@ def load_run(run, init="", device="auto", dtype="auto"):
     """The tuned network of a run folder, or the untuned one that `init` names -> net, tok, settings or {}."""
     if bool(run) == bool(init):
         raise ValueError("give either --run=FOLDER (a tuned model) or --init=NAME (an untuned one)")
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    device = model.pick_device(device)
+    dtype = model.pick_dtype(dtype, device)
     if init:
         return *model.load(init, dtype, device), {}
     record = read_run(run)
@@ -339,7 +338,8 @@ def questions(data, last=0, limit=0):
     found = {}
     for row in part(read_records(data), last, limit):
         question = dict(category=row.get("category"), turns=row.get("turns", row.get("prompt")))
-        if question["category"] not in TEMPERATURES or len(question["turns"] or "") != 2:
+        pair = isinstance(question["turns"], list) and len(question["turns"]) == 2
+        if question["category"] not in TEMPERATURES or not pair:
             expected = f"a category of {', '.join(TEMPERATURES)} and two turns in every row"
             raise ValueError(f"{data}: expected {expected}, not {str(row)[:120]}; {FASTCHAT}/mt_bench")
         key = row.get("question_id", row.get("prompt_id"))
@@ -628,6 +628,7 @@ def mbpp(
 
 # fmt: off
 READABLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/urandom")
 LIMITS = dict(wall=20, CPU=10, AS=2**30, FSIZE=2**20, NPROC=4, NOFILE=64, CORE=0)   # s; as setrlimit
 ENVIRONMENT = dict(PATH="/usr/bin:/bin:/usr/sbin:/sbin", LANG="C.UTF-8", OMP_NUM_THREADS="1",
                    OPENBLAS_NUM_THREADS="1")
@@ -658,10 +659,13 @@ def sandbox_command():
         command += "--cap-add CAP_SETUID --cap-add CAP_SETGID".split()
         inner += "--reuid=65534 --regid=65534 --clear-groups".split()
     command += f"--perms 1777 --size {2**24} --tmpfs /tmp".split()
-    for path in dict.fromkeys(paths):
-        command += ["--ro-bind-try", path, path]
-    for path in ("/dev/null", "/dev/urandom"):
-        command += ["--dev-bind", path, path]
+    made = {"/", "/tmp"}
+    for path in [path for path in dict.fromkeys(paths) if os.path.exists(path)] + list(DEVICES):
+        for parent in reversed(pathlib.Path(path).parents):
+            if str(parent) not in made:  # a folder that can be passed, not listed
+                command += ["--perms", "0311", "--dir", str(parent)]
+                made.add(str(parent))
+        command += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", *inner, "unshare", "--user"]
 
 
@@ -1095,7 +1099,7 @@ def paired(frame, against):
     if base.empty:
         known = frame.variant.unique()
         raise ValueError(f"--against={against}: {balora.nearest(against, known)}rows are {', '.join(known)}")
-    keys = ["init", "column", "seed"] + (["by"] if base.by.nunique() > 1 else [])
+    keys = ["init", "kind", "on", "column", "seed"] + (["by"] if base.by.nunique() > 1 else [])
     both = frame[frame.variant != against].merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
     return both.assign(gain=both.value - both.value_base)
 
@@ -1121,7 +1125,8 @@ def print_gains(gains, columns, by, against):
         print(f"  {label}: {', '.join(words)}")
     for (variant, column), rows in gains.groupby(["variant", "column"], sort=False):
         numeric = all(isinstance(value, int | float) for value in rows.by)
-        if by and numeric and rows.by.nunique() > 1 and len(rows) > 2 and column in columns:
+        varied = rows.by.nunique() > 1 and rows.gain.nunique() > 1 and len(rows) > 2
+        if by and numeric and varied and column in columns:
             middle, low, high = slope(rows.by.astype(float), rows.gain)
             print(f"  {variant}, {column}: slope of the gain over {by} {middle:.3f} [{low:.3f}, {high:.3f}]")
 

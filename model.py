@@ -26,6 +26,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # Config
@@ -1196,3 +1198,111 @@ def why(error):
     if isinstance(error, OSError) and ("LocalEntry" in name or "Connect" in text or "Offline" in name):
         return "there is no network"
     return f"{name}: {text.splitlines()[0] if text else 'no message'}"
+
+
+# -----------------------------------------------------------------------------
+# Device, precision, memory
+
+
+def pick_device(device):
+    """Of "auto": CUDA, then MPS, then the CPU; a device that is not here is an error."""
+    if device == "auto":
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(kind for kind in here if here[kind])
+    try:
+        torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # memory figures and names then mean this one
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device={device}: {reason}; use auto, cpu, cuda, cuda:N or mps") from None
+    return device
+
+
+def pick_dtype(dtype, device):
+    """Of "auto": bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16")
+    if dtype == "auto":
+        able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if able else "float32"
+    return getattr(torch, dtype)
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+class FusedAttention(torch.autograd.Function):
+    """For the estimate: keeps what a fused attention kernel keeps, q, k, v and the output, but no scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, bias, y)
+        return y
+
+
+def fused_attention(q, k, v, attn_mask=None, *others, **options):
+    return FusedAttention.apply(q, k, v, attn_mask)
+
+
+def kept_bytes(function, *args):
+    """Bytes that autograd keeps of function(*args) for the backward pass, parameters apart. (Meta device.)"""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            result = function(*args)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result  # it held the graph while we counted
+    return total
+
+
+def peak_memory(device):
+    """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) / 2**20
+    return math.nan  # only Linux tells without a further package
+
+
+# -----------------------------------------------------------------------------
+# The tiny networks, which nobody publishes: trained from nothing
+
+
+def pretrained(name, recipe, net, loss, rate):
+    """Train a small network on loss(), a new batch at each call, at rate(step). -> its folder, kept"""
+    recipe = dict(recipe, network=PUBLISHED[name])
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+    folder = os.path.join("out", f"{name}-noise{recipe['noise']:g}-seed{recipe['seed']}-{digest}")
+    if os.path.isdir(folder):
+        return folder
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    bar = tqdm(range(recipe["iters"]), desc=f"pre-train {name}", unit="step")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+    own = f"{folder}.{os.getpid()}.tmp"
+    net.save(own)
+    if os.path.isdir(folder):  # another run of this recipe was faster
+        shutil.rmtree(own)
+    else:
+        os.replace(own, folder)
+    return folder

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import glob
 import gzip
-import hashlib
 import inspect
 import io
 import json
@@ -35,7 +34,6 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
-from unittest import mock
 
 import numpy as np
 import torch
@@ -241,87 +239,15 @@ def run_main(main):
 
 
 # -----------------------------------------------------------------------------
-# Device, precision, memory
-
-
-def pick_device(device):
-    """Of "auto": CUDA, then MPS, then the CPU; a device that is not here is an error."""
-    if device == "auto":
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = next(kind for kind in here if here[kind])
-    try:
-        torch.empty(1, device=device)
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)  # memory figures and names then mean this one
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device={device}: {reason}; use auto, cpu, cuda, cuda:N or mps") from None
-    return device
-
-
-def pick_dtype(dtype, device):
-    """Of "auto": bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16")
-    if dtype == "auto":
-        able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if able else "float32"
-    return getattr(torch, dtype)
-
-
-def device_name(device):
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{device}, {torch.get_num_threads()} threads"
-
-
-class FusedAttention(torch.autograd.Function):
-    """For the estimate: keeps what a fused attention kernel keeps, q, k, v and the output, but no scores."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        y = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, bias, y)
-        return y
-
-
-def fused_attention(q, k, v, attn_mask=None, *others, **options):
-    return FusedAttention.apply(q, k, v, attn_mask)
-
-
-def kept_bytes(function, *args):
-    """Bytes that autograd keeps of function(*args) for the backward pass, parameters apart. (Meta device.)"""
-    kept = {}
-
-    def keep(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
-        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            result = function(*args)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result  # it held the graph while we counted
-    return total
-
-
-def peak_memory(device):
-    """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as f:
-            return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) / 2**20
-    return math.nan  # only Linux tells without a further package
+# Memory
 
 
 def print_estimate(s, net, report, ids, extra=None):
     """--dry_run: what attach matched, and the memory of a step. net, ids [B, L] are on the meta device."""
     if net.n_classes:
-        activations = kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
+        activations = model.kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
     else:
-        activations = kept_bytes(net.hidden, ids)
+        activations = model.kept_bytes(net.hidden, ids)
     width = net.embed.weight.element_size()
     if s.checkpointing:  # one block in full, and the input of each
         inputs = net.config.n_layers * ids.numel() * net.config.d * width
@@ -398,7 +324,7 @@ class Run:
     def begin(self, net, optimizer, start, base, device, **more):
         """Write config.json; restore the optimizer and random states of `start`. -> the step to go on with"""
         step = 0
-        session = dict(device=device_name(device), torch=torch.__version__, commit=git_commit())
+        session = dict(device=model.device_name(device), torch=torch.__version__, commit=git_commit())
         if start:
             step = start["step"]
             optimizer.load_state_dict(start["optimizer"])
@@ -573,7 +499,7 @@ def step_record(step, terms, lambdas, norm, lr, tokens, seconds, device):
         record[f"{name}_weighted"] = None if terms[name] is None else weight * terms[name]
         record[f"lambda{number}"] = weight
     record |= dict(grad_norm=norm, lr=lr, seconds=seconds, tokens_per_s=tokens / seconds)
-    return record | dict(peak_GiB=peak_memory(device))
+    return record | dict(peak_GiB=model.peak_memory(device))
 
 
 def progress_line(record, max_iters):
@@ -958,35 +884,10 @@ def pretrain_tiny(s, device):
         ids, valid, y = collate([(tok.bos, tok.encode(text) + [tok.eos]) for text in texts], device)
         return F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head), y)
 
-    return pretrained("tiny", recipe, net, loss, peak=3e-3)
+    def rate(step):
+        return 3e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)
 
-
-def pretrained(name, recipe, net, loss, peak):
-    """Train a small network on loss(), a new batch at each call. -> its folder, kept for this recipe"""
-    recipe = dict(recipe, network=model.PUBLISHED[name])
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-    folder = os.path.join("out", f"{name}-noise{recipe['noise']:g}-seed{recipe['seed']}-{digest}")
-    if os.path.isdir(folder):
-        return folder
-    optimizer = torch.optim.AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    bar = tqdm(range(recipe["iters"]), desc=f"pre-train {name}", unit="step")
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = peak * balora.lr_schedule(step, recipe["iters"], warmup=0.05)
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
-    own = f"{folder}.{os.getpid()}.tmp"
-    net.save(own)
-    if os.path.isdir(folder):  # another run of this recipe was faster
-        shutil.rmtree(own)
-    else:
-        os.replace(own, folder)
-    return folder
+    return model.pretrained("tiny", recipe, net, loss, rate)
 
 
 # -----------------------------------------------------------------------------
@@ -1026,17 +927,17 @@ def row_loss(net, example):
 
 def dry_run(s):
     """What a run would train and need, from sizes alone."""
-    device = pick_device(s.device)
+    device = model.pick_device(s.device)
     config = model.config_of(s.init)
     with torch.device("meta"):
-        net = model.Transformer(config).to(pick_dtype(s.dtype, device))
+        net = model.Transformer(config).to(model.pick_dtype(s.dtype, device))
         ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
         rows = min(balora.chunk_rows(device), ids.numel())
         H = torch.zeros(rows, config.d, dtype=net.embed.weight.dtype, requires_grad=True)
         y = torch.zeros(rows, dtype=torch.long)
     report = attach(s, net)
     Z_P = torch.empty(rows, config.vocab_size, device="meta") if s.lambda1 else None
-    logits = kept_bytes(balora.token_terms, H, y, net.head.detach(), Z_P, s.T, s.K)
+    logits = model.kept_bytes(balora.token_terms, H, y, net.head.detach(), Z_P, s.T, s.K)
     frozen = 4 * report.total * (s.method == "full" and s.lambda1 > 0)
     extra = {f"logits, {rows} rows at a time": logits, "frozen copy (teacher of full tuning)": frozen}
     print_estimate(s, net, report, ids, extra)
@@ -1048,8 +949,8 @@ def main(argv):
     if s.dry_run:
         return dry_run(s)
     run = Run(s)
-    device = pick_device(s.device)
-    dtype = pick_dtype(s.dtype, device)
+    device = model.pick_device(s.device)
+    dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
     net, tok = model.load(base, torch.float32 if full else dtype, device)

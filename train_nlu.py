@@ -38,9 +38,6 @@ from train_nlg import (
     finish,
     last_name,
     parse,
-    pick_device,
-    pick_dtype,
-    pretrained,
     print_estimate,
     progress_line,
     read_records,
@@ -450,11 +447,14 @@ def pretrain_world(s, device):
         H = net.hidden(masked.to(device), valid)[chosen.to(device)]
         return F.cross_entropy(F.linear(H, net.head), y.to(device))
 
+    def rate(step):
+        return 2e-3 * balora.lr_schedule(step, s.pretrain_iters, warmup=0.05)
+
     with tempfile.TemporaryDirectory() as net.folder:  # saving copies the tokenizer from there
         path = os.path.join(net.folder, "tokenizer.json")
         BertWordPieceTokenizer(VOCABULARY).save(path)
         tok = model.JsonTokenizer(path)
-        return pretrained("tiny-encoder", recipe, net, loss, peak=2e-3)
+        return model.pretrained("tiny-encoder", recipe, net, loss, rate)
 
 
 # -----------------------------------------------------------------------------
@@ -658,7 +658,9 @@ def dry_run(s):
     config = model.config_of("tiny-encoder" if s.init == "tiny" else s.init)
     labels = TASKS[s.task].labels
     with torch.device("meta"):
-        net = model.Transformer(config, len(labels) or 1).to(pick_dtype(s.dtype, pick_device(s.device)))
+        net = model.Transformer(config, len(labels) or 1).to(
+            model.pick_dtype(s.dtype, model.pick_device(s.device))
+        )
         ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
     net.label_ids = list(range(len(labels)))
     print_estimate(s, net, attach(s, net), ids)
@@ -670,8 +672,8 @@ def main(argv):
     if s.dry_run:
         return dry_run(s)
     run = Run(s)
-    device = pick_device(s.device)
-    dtype = pick_dtype(s.dtype, device)
+    device = model.pick_device(s.device)
+    dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
     base = pretrain_world(s, device) if s.init == "tiny" else s.init
     torch.manual_seed(s.seed)  # dropout's

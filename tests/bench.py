@@ -115,7 +115,7 @@ def turn(o):
         STAGE["loss"](ids, predicts, i).backward()
         STAGE["optimizer"].step()
         STAGE["optimizer"].zero_grad(set_to_none=True)
-    return (train_nlg.eval if o.name in BEFORE else train_nlg).peak_memory(o.device)
+    return (train_nlg.eval if o.name in BEFORE else model).peak_memory(o.device)
 
 
 def ours(o):

@@ -193,6 +193,7 @@ TEXTS = [
 # fmt: on
 
 
-def small_folder(folder, seed=0):
+def small_folder(folder, seed=0, max_len=512):
     """Write a small random LLaMA with the bytes of `tiny` as its tokenizer."""
-    randomise(model.Transformer(small_config(vocab_size=259, max_len=512, eos=257)), seed).save(folder)
+    config = small_config(vocab_size=259, max_len=max_len, eos=257)
+    randomise(model.Transformer(config), seed).save(folder)

@@ -1,20 +1,20 @@
-r"""eval.py: the commands math, mtbench and judge, and --loose.
+r"""eval.py: the commands math, mtbench and judge.
 
-The oracle of MATH's string rule is one file of lm-eval (`pip install --no-deps lm-eval==0.4.13`; with --target=FOLDER, and PYTHONPATH=FOLDER here, it
-stays out of the environment). The judge is a small server on this machine.
+The oracle of MATH's string rule is one file of lm-eval (`pip install --no-deps lm-eval==0.4.13`). The judge is a
+small server on this machine.
 """
 
 import http.server
 import importlib.util
-import itertools
 import json
 import random
 import re
+import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from conftest import small_folder
 
 import eval
 import model
@@ -233,139 +233,13 @@ def test_extract_math(text, answer):
     assert eval.extract_math(text) == answer
 
 
-# MATH and GSM8K: loose
-
-
-@pytest.mark.parametrize(
-    "a, b",
-    [
-        ("0.25", "\\frac{1}{4}"),
-        ("x+1", "1 + x"),
-        ("$5$", "5"),
-        ("1,000", "1000"),
-        ("1,234,567", "1234567"),
-        ("\\text{Friday}", "Friday"),
-        ("3\\frac{1}{2}", "3.5"),
-        ("3 1/2", "\\frac72"),
-        ("2(x+1)", "2x+2"),
-        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt2}"),
-        ("12\\sqrt 3", "\\sqrt{432}"),
-        ("\\frac{98}5", "19.6"),
-        ("(1, 0.5)", "(\\frac{3}{3},\\frac{2}{4})"),
-        ("2\\pi", "6.2832"),
-        ("\\sqrt[3]{8}", "2"),
-        ("2^{10}", "1024"),
-        ("\\boxed{7}", "7"),
-        ("\\(7\\)", "7"),
-        ("3\\cdot x", "3x"),
-        ("xy", "yx"),
-        ("-\\frac{1}{2}", "-0.5"),
-        ("(x-1)(x+1)", "x^2-1"),
-        ("50\\%", "50"),
-    ],
-)
-def test_loose_accepts(a, b):
-    assert eval.math_equal(a, b) and eval.math_equal(b, a)
-
-
-@pytest.mark.parametrize(
-    "a, b",
-    [
-        ("50\\%", "0.5"),
-        ("50", "0.5"),
-        ("5", "500"),
-        ("10000", "10001"),
-        ("3\\frac12", "1.5"),
-        ("3.14", "\\pi"),
-        ("\\text{odd}", "\\text{ddo}"),
-        ("(1,2)", "[1,2]"),
-        ("(1,2)", "(2,1)"),
-        ("(1,2)", "(1,2,3)"),
-        ("\\sqrt{x^2}", "x"),
-        ("1/0", "2/0"),
-        ("9^{9^{9^9}}", "9^{9^{9^{10}}}"),
-        ("__import__('os')", "1"),
-        ("x.real", "x"),
-        (None, "1"),
-        (None, None),
-        ("12_8", "12_9"),
-        ("(" * 150 + "1" + ")" * 150, "2"),
-        ("0^{-1}", "1"),
-        ("\\frac", "1"),
-        ("()", "1"),
-        ("1..2", "1.2"),
-        ("", "0"),
-        ("sqrt", "1"),
-        ("-" * 190 + "1", "2"),
-        ("5" * 300, "5" * 299),
-    ],
-)
-def test_loose_refuses(a, b):
-    assert not eval.math_equal(a, b) and not eval.math_equal(b, a)
-
-
-def test_loose_reads_as_sympy_does():
-    sympy = pytest.importorskip("sympy")
-    for text, want in (
-        ("\\frac{x^2+1}{2y}", "(x**2+1)/(2*y)"),
-        ("-x^2", "-x**2"),
-        ("2^{-x}y", "2**(-x)*y"),
-        ("\\sqrt{x}\\cdot3\\pi", "sqrt(x)*3*pi"),
-        ("2x(y-1)", "2*x*(y-1)"),
-        ("\\frac{\\sqrt{\\frac{1}{x}}}{3}", "sqrt(1/x)/3"),
-        ("4\\frac{2}{3}x", "(4+Rational(2,3))*x"),
-        ("x/2/y", "x/2/y"),
-        ("2^3^x", "2**3**x"),
-    ):
-        at = dict(x=0.7 + 0j, y=-1.3 + 0j, pi=eval.math.pi + 0j)
-        want = complex(sympy.sympify(want).evalf(30, subs=dict(x=0.7, y=-1.3)))
-        assert eval.evaluate(eval.parse_math(eval.plain(text)), at) == pytest.approx(want, rel=1e-12), text
-
-
-def test_loose_is_bounded_in_time_and_merges_no_two_answers_by_mistake(solutions):
-    """Of all pairs among 150 answers that differ as strings, one is equal."""
-    answers = random.Random(0).sample(sorted({eval.normalise(row["answer"]) for row in solutions}), 150)
-    start = time.perf_counter()
-    equal = [(a, b) for a, b in itertools.combinations(answers, 2) if eval.math_equal(a, b)]
-    assert (
-        equal == [("\\frac{16}3", "\\frac{16}{3}")]
-        and (time.perf_counter() - start) / (150 * 149 / 2) < 0.005
-    )
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("The answer is: 1,234,567", 1234567),
-        ("The answer is: 2 1/2", 2.5),
-        ("The answer is: -7/2 m", -3.5),
-        ("The answer is: $3.50.", 3.5),
-        ("The answer is: 0.5", 0.5),
-        ("The answer is: 1/0", None),
-        ("The answer is: -$5", -5),
-        ("72", None),
-        ("The answer is: none", None),
-        ("The answer is: 12 34", 12),
-        ("The answer is: .5", 0.5),
-        ("The answer is: 1,2", 1),
-    ],
-)
-def test_exact_number(text, number):
-    got = eval.exact_number(text)
-    assert (got if got is None else float(got)) == number
-
-
 # the commands, on a small network whose answers the test writes
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from conftest import randomise, small_config
-
     folder = tmp_path_factory.mktemp("bench") / "base"
-    randomise(model.Transformer(small_config(vocab_size=259, max_len=6000, eos=257))).save(
-        folder, model.Bytes()
-    )
+    small_folder(folder, max_len=6000)
     return folder
 
 
@@ -376,19 +250,19 @@ def says(monkeypatch, tmp_path):
     class Says:
         text, asked, limit = (lambda prompt: "x"), [], 10**9
 
-    def write_answers(
-        net, prompts, max_new, batch_size, eos, desc="", done=None, temperature=0.0, top_p=1.0, seed=0
-    ):
-        for i, ids in enumerate(prompts):
+    def generate(net, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
+        answers = []
+        for ids in prompts:
             if Says.limit == 0:
                 raise KeyboardInterrupt
             Says.limit -= 1
             prompt = bytes(b for b in ids if b < 256).decode()
             Says.asked.append((prompt, temperature))
-            done(i, list(Says.text(prompt).encode()))
+            answers.append(list(Says.text(prompt).encode()))
+        return answers
 
     Says.asked = []
-    monkeypatch.setattr(eval, "write_answers", write_answers)
+    monkeypatch.setattr(model.Transformer, "generate", generate)
     monkeypatch.chdir(tmp_path)
     return Says
 
@@ -410,15 +284,9 @@ def test_math_command(base, says, capsys, tmp_path):
     says.text = lambda prompt: next(v for k, v in replies.items() if k in prompt)
     command("math", f"--init={base}", "--data=math.jsonl")
     out = capsys.readouterr().out
-    assert (
-        "1 of 4 solutions have no \\boxed answer" in out
-        and "exact match 25.00 % (1 of 4), 95 % interval 4.56 to 69.94 -> out/math-base.jsonl" in out
-    )
-    assert re.search(
-        r"type Algebra +50.00 % of 2\n +type Geometry +0.00 % of 2\n +level Level 1 +0.00 % of 1\n +level Level 2 +33.33 % of 3\n",
-        out,
-    )
-    assert says.asked[0][0] == eval.fill("alpaca", "a?") and "at most 1024 tokens" in out
+    assert "1 of 4 rows have no gold answer and count as wrong" in out
+    assert "exact match 25.00 % (1 of 4), 95 % interval 4.56 to 69.94 -> out/math-base.jsonl" in out
+    assert says.asked[0][0].startswith(eval.fill("alpaca", "")[:40]) and "at most 1024 tokens" in out
     head, *lines = lines_of("out/math-base.jsonl")
     assert sorted((line["row"], line["got"], line["gold"]) for line in lines) == [
         (0, "0.25", "\\frac{1}{4}"),
@@ -426,32 +294,37 @@ def test_math_command(base, says, capsys, tmp_path):
         (2, None, "(1,2)"),
         (3, "1", None),
     ]
-    command("math", f"--init={base}", "--data=math.jsonl", "--loose")
-    assert (
-        "equal as mathematics 50.00 % (2 of 4)" in capsys.readouterr().out and len(says.asked) == 4
-    )  # the same answers, judged again
-    command("math", f"--init={base}", "--data=math.jsonl", "--last=2", "--out=other")
-    assert (
-        re.search(r"type Geometry +0.00 % of 2\n +level Level 2 +0.00 % of 2\n", capsys.readouterr().out)
-        and "Algebra" not in capsys.readouterr().out
-    )
+    if importlib.util.find_spec("math_verify"):
+        assert "equal by math_verify 50.00 % (2 of 4)" in out
+    command("math", f"--init={base}", "--data=math.jsonl")
+    assert len(says.asked) == 4  # the same answers, judged again
 
 
-def test_gsm8k_loose(base, says, capsys):
-    rows = [
-        dict(question="a?", answer="#### 1,234,567"),
-        dict(question="b?", answer="#### 2"),
-        dict(question="c?", answer="#### 5"),
-    ]
-    Path("gsm.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    replies = {"a?": "The answer is: 1,234,567", "b?": "The answer is: 2.4", "c?": "The answer is: 5.00"}
-    says.text = lambda prompt: next(v for k, v in replies.items() if k in prompt)
-    command("gsm8k", f"--init={base}", "--data=gsm.jsonl")
-    assert (
-        "exact match 66.67 % (2 of 3)" in capsys.readouterr().out
-    )  # reads 1,234 and rounds 2.4, as published
-    command("gsm8k", f"--init={base}", "--data=gsm.jsonl", "--loose")
-    assert "equal numbers 66.67 % (2 of 3)" in capsys.readouterr().out and len(says.asked) == 3
+def test_math_without_math_verify_says_so(base, says, capsys, monkeypatch):
+    Path("math.jsonl").write_text(json.dumps(dict(problem="a?", solution="$\\boxed{5}$")))
+    says.text = lambda prompt: "The answer is: 5"
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    command("math", f"--init={base}", "--data=math.jsonl")
+    out = capsys.readouterr().out
+    assert "exact match 100.00 % (1 of 1)" in out and "pip install math_verify" in out
+
+
+@pytest.mark.parametrize(
+    "got, gold, equal",
+    [
+        ("0.25", "\\frac{1}{4}", True),
+        ("x+1", "1 + x", True),
+        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt2}", True),
+        ("\\frac12", "\\frac{1}{2}", True),
+        ("5", "500", False),
+        ("(1,2)", "(2,1)", False),
+        (None, "1", False),
+        ("1", None, False),
+    ],
+)
+def test_equality_as_mathematics(got, gold, equal):
+    pytest.importorskip("math_verify")
+    assert eval.same_mathematics(dict(got=got, gold=gold)) is equal
 
 
 # MT-Bench
@@ -472,7 +345,7 @@ def test_mtbench_answers(base, says, shared):
     """FastChat's fields, its temperatures, turn one in turn two's prompt, and no question asked twice after a kill."""
     asked = lines_of(shared / "mt_bench/question.jsonl")
     says.text = lambda prompt: f" answer {len(prompt)}"
-    args = ["mtbench", f"--init={base}", f"--data={shared}/mt_bench/question.jsonl"]
+    args = ["mtbench", f"--init={base}", f"--data={shared}/mt_bench/question.jsonl", "--batch_size=1"]
     for killed_after in (30, 70):  # in turn one, in turn two
         says.limit = killed_after
         with pytest.raises(KeyboardInterrupt):
@@ -489,7 +362,7 @@ def test_mtbench_answers(base, says, shared):
     temperatures = dict(says.asked)
     for q, r in zip(asked, records):
         assert set(r) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-        assert r["model_id"] == "base" and r["tstamp"] > 1e9 and len(r["answer_id"]) == 22
+        assert r["model_id"] == "base" and r["tstamp"] > 1e9 and len(r["answer_id"]) == 16
         first = eval.fill("alpaca", q["turns"][0])
         second = f"{first} answer {len(first)}\n\n### Instruction:\n{q['turns'][1]}\n\n### Response:"
         assert temperatures[first] == temperatures[second] == CATEGORIES[q["category"]]
@@ -510,7 +383,7 @@ def test_mtbench_on_a_real_network(base, shared, tmp_path, monkeypatch):
     )
     assert [len(r["choices"][0]["turns"]) for r in lines_of("out/mine.jsonl")] == [2, 2, 2] and lines_of(
         "out/mine-turn1.jsonl"
-    )[0]["temperature"] == 0.7
+    )[0]["temperature"] == [0.7]
 
 
 def test_on_a_run(base, says, shared, capsys):
@@ -547,7 +420,7 @@ def test_on_a_run(base, says, shared, capsys):
         "run/mtbench.jsonl"
     )[1]["model_id"] == "run"
     command("judge", "--run=run", f"--data={shared}/mt_bench/question.jsonl")
-    assert "0 of 4 turns are rated; the answers wait in run/mtbench.jsonl" in capsys.readouterr().out
+    assert "0 of 4 turns are rated -> run/mtbench-gpt-4_single.jsonl" in capsys.readouterr().out
 
 
 def test_next_turn_in_other_templates():
@@ -560,13 +433,12 @@ def test_next_turn_in_other_templates():
 def test_questions(tmp_path):
     hub = dict(prompt=["a", "b"], prompt_id=7, category="math", reference=["c", "d"])
     (tmp_path / "q.jsonl").write_text(json.dumps(hub))
-    assert eval.questions(eval.Options(data=str(tmp_path / "q.jsonl"))) == [
-        dict(id=7, turns=["a", "b"], category="math", reference=["c", "d"])
-    ]
-    for wrong in (dict(hub, category="maths"), dict(hub, prompt=["a"]), dict(hub, prompt="a")):
+    want = dict(turns=["a", "b"], category="math", reference=["c", "d"])
+    assert eval.questions(str(tmp_path / "q.jsonl")) == {7: want}
+    for wrong in (dict(hub, category="maths"), dict(hub, prompt=["a"]), dict(hub, prompt="ab")):
         (tmp_path / "w.jsonl").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match="question_id, a category of writing.*question.jsonl"):
-            eval.questions(eval.Options(data=str(tmp_path / "w.jsonl")))
+        with pytest.raises(ValueError, match="a category of writing.*two turns.*mt_bench"):
+            eval.questions(str(tmp_path / "w.jsonl"))
 
 
 # the judge
@@ -626,9 +498,11 @@ def server(monkeypatch):
         f"http://127.0.0.1:{server.server_port}/v1",
     )
     server.reply = lambda n, body: good("Rating: [[8]]")
+    openai = pytest.importorskip("openai")
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
-    monkeypatch.setattr(eval, "BACKOFF", 0.01)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.02)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
@@ -639,20 +513,22 @@ def server(monkeypatch):
 
 
 def good(text):
-    return 200, {}, json.dumps(dict(choices=[dict(message=dict(role="assistant", content=text))]))
+    return (
+        200,
+        {"Content-Type": "application/json"},
+        json.dumps(dict(choices=[dict(message=dict(role="assistant", content=text))])),
+    )
 
 
 @pytest.fixture
 def answers(shared, tmp_path):
     """Answers to all 80 questions in FastChat's format, and the judge command's arguments for them."""
     path = tmp_path / "mine.jsonl"
-    record = lambda key: dict(
-        question_id=key,
-        answer_id="a",
-        model_id="mine",
-        choices=[dict(index=0, turns=[f"first {key}", "second {x}"])],
-        tstamp=1.0,
-    )
+
+    def record(key):
+        turns = [f"first {key}", "second {x}"]
+        return dict(question_id=key, answer_id="a", model_id="mine", choices=[dict(index=0, turns=turns)])
+
     path.write_text(
         "".join(
             json.dumps(record(q["question_id"])) + "\n" for q in lines_of(shared / "mt_bench/question.jsonl")
@@ -672,14 +548,14 @@ def answers(shared, tmp_path):
 def test_judge(server, answers, shared, capsys):
     """FastChat's fields and prompts; means by turn and category."""
     path, args = answers
-    asked_for = lambda body, words: words in body["messages"][1]["content"]
-    server.reply = lambda n, body: good(
-        "so [[9]]"
-        if asked_for(body, "Reference")
-        else "no rating"
-        if asked_for(body, "first 81")
-        else "[[6.5]]"
-    )
+
+    def reply(n, body):
+        text = body["messages"][1]["content"]
+        if "Reference" in text:
+            return good("so [[9]]")
+        return good("no rating" if "first 81" in text else "[[6.5]]")
+
+    server.reply = reply
     command(*args, f"--judge_url={server.url}/")
     out, lines = capsys.readouterr().out, lines_of(path.with_name("mine-gpt_4_single.jsonl"))
     assert len(lines) == 160 == len({(line["question_id"], line["turn"]) for line in lines})
@@ -731,176 +607,74 @@ def test_judge(server, answers, shared, capsys):
         p["system_prompt"] for name, p in prompts.items() if "single" in name
     }
     mean = (30 * 9 + 49 * 6.5) / 79
-    for words in (
-        "first turn      {:.2f}  (79 ratings)",
-        "second turn     {:.2f}  (79 ratings)",
-        "all turns       {:.2f}  (158 ratings)",
-    ):
+    for words in ("all turns       {:.2f}  (158 ratings)", "turn 1          {:.2f}  (79 ratings)"):
         assert words.format(mean) in out
-    assert (
-        "math            9.00  (20 ratings)" in out
-        and "writing         6.50  (18 ratings)" in out
-        and "2 of 160 judgments hold no rating" in out
-    )
+    assert "math            9.00  (20 ratings)" in out and "writing         6.50  (18 ratings)" in out
+    assert "2 of 160 judgments hold no rating" in out
     command(*args, f"--judge_url={server.url}")
-    assert len(server.asked) == 160 and "160 of them rated already" in capsys.readouterr().out
+    assert len(server.asked) == 160 and "160 of 160 turns are rated" in capsys.readouterr().out
 
 
 def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
     path, args = answers
     out = path.with_name("mine-gpt_4_single.jsonl")
-    server.reply = lambda n, body: (
-        good("[[5]]") if n < 40 else (400, {}, json.dumps(dict(error=dict(message="bad\nrequest"))))
-    )
-    with pytest.raises(
-        ValueError, match="400 Bad Request: bad request; check --judge_url, --judge_model=gpt/4"
-    ) as e:
+    refusal = (400, {}, json.dumps(dict(error=dict(message="bad\nrequest"))))
+    server.reply = lambda n, body: good("[[5]]") if n < 40 else refusal
+    with pytest.raises(ValueError, match="bad.*request.*check --judge_url, --judge_model=gpt/4") as e:
         command(*args, f"--judge_url={server.url}")
     assert "\n" not in str(e.value) and "sk-test" not in str(e.value)
     kept = lines_of(out)
-    assert (
-        40 == len(kept) and len(server.asked) <= 80
-    )  # nothing paid for is lost, and the rest is not asked: ten in a row, which three late replies may begin anew
+    assert len(kept) == 40 and len(server.asked) == 41  # nothing paid for is lost, the rest is not asked
     with open(out, "a") as f:
         f.write('{"question_id": 160, "sco')  # as a kill leaves it
     server.reply = lambda n, body: good("[[7]]")
     before = len(server.asked)
     command(*args, f"--judge_url={server.url}")
-    assert len(server.asked) - before == 120 and lines_of(out)[:40] == kept and len(lines_of(out)) == 160
+    assert len(server.asked) - before == 120
+    assert lines_of(out)[:40] == kept and len(lines_of(out)) == 160
     path.write_text(path.read_text().replace("first 81", "another"))
     with pytest.raises(ValueError, match="question 81 turn 1 was rated for another answer"):
         command(*args, f"--judge_url={server.url}")
-    with pytest.raises(ValueError, match="no such|expected an existing .jsonl"):
+    with pytest.raises(ValueError, match="expected an existing .jsonl"):
         command(*args, f"--answers={path}x")
-
-
-def test_judge_writes_into_no_other_file(answers, tmp_path):
-    path, args = answers
-    before = path.read_text()
-    for other in (path, tmp_path / "notes.jsonl"):
-        (tmp_path / "notes.jsonl").write_text("my notes\n")
-        with pytest.raises(ValueError, match="--out=.*holds something else than judgments"):
-            command(*args, f"--out={other}")
-    with pytest.raises(ValueError, match="expected the name of a .jsonl file"):
-        command(*args, "--out=notes.txt")
-    assert path.read_text() == before and (tmp_path / "notes.jsonl").read_text() == "my notes\n"
 
 
 def test_judge_without_a_judge(answers, capsys):
     path, args = answers
     command("judge", f"--answers={path}", args[2])
-    assert f"0 of 160 turns are rated; the answers wait in {path} for --judge_url" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0 of 160 turns are rated" in out and "--judge_url=URL" in out
 
 
-TROUBLES = {
-    "rate limit": (429, {"Retry-After": "0"}, "slow down"),
-    "rate limit by date": (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, ""),
-    "server error": (500, {}, "oops"),
-    "overloaded": (503, {}, "<html>"),
-    "not JSON": (200, {}, "<html>"),
-    "not UTF-8": (200, {}, b"\xff"),
-    "no choices": (200, {}, '{"error": "x"}'),
-    "empty choices": (200, {}, '{"choices": []}'),
-    "null": (200, {}, '{"choices": [{"message": {"content": null}}]}'),
-    "a list": (200, {}, "[1]"),
-    "cut off": (200, {"Content-Length": "1000"}, '{"choices'),
-    "silence": 5.0,
-    "connection closed": 0.0,
-}
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_the_client_tries_again(server, answers, status):
+    path, args = answers
+    server.reply = lambda n, body: (status, {}, "later") if n < 2 else good("fine [[8]]")
+    assert eval.ask_judge(server.url, "m", "system", "text") == "fine [[8]]" and len(server.asked) == 3
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_complete_tries_again(server, trouble):
-    reply = TROUBLES[trouble]
-    server.reply = lambda n, body: good("fine [[8]]") if n == 2 else reply
-    assert (
-        eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=2, timeout=0.3)
-        == "fine [[8]]"
-        and len(server.asked) == 3
-    )
-    with pytest.raises(ConnectionError):
-        eval.complete(f"{server.url}/chat/completions", dict(model="m"), retries=1, timeout=0.2)
-    assert len(server.asked) == 5
-
-
-def test_complete_waits_as_asked_and_doubles(server, monkeypatch):
-    waits = []
-
-    class Stop:
-        def wait(self, seconds):
-            waits.append(seconds)
-
-    replies = iter(
-        [
-            (429, {"Retry-After": "7"}, ""),
-            (500, {}, ""),
-            (429, {"Retry-After": "900"}, ""),
-            (429, {"Retry-After": "soon"}, ""),
-            good("x"),
-        ]
-    )
-    server.reply = lambda n, body: next(replies)
-    assert eval.complete(
-        f"{server.url}/chat/completions", dict(model="m"), retries=4, stop=Stop()
-    ) == "x" and waits == [7, 0.02, 60, 0.08]
-    date = eval.email.utils.format_datetime(
-        eval.email.utils.localtime().astimezone() + __import__("datetime").timedelta(seconds=30)
-    )
-    assert 25 < eval.retry_after({"Retry-After": date}) <= 30 and eval.retry_after({}) == 0
+@pytest.mark.parametrize("text", ["<html>", '{"error": "x"}', '{"choices": []}', "[1]"])
+def test_a_reply_that_is_none_is_one_line(server, text):
+    server.reply = lambda n, body: (200, {"Content-Type": "application/json"}, text)
+    with pytest.raises(ValueError, match="check --judge_url") as e:
+        eval.ask_judge(server.url, "m", "system", "text")
+    assert "\n" not in str(e.value)
 
 
 def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
     path, args = answers
     server.reply = lambda n, body: (401, {}, json.dumps(dict(error=dict(message="Incorrect API key"))))
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(
-        ValueError, match=r"401 Unauthorized: Incorrect API key; check .* OPENAI_API_KEY \(which is not set\)"
-    ):
-        command(*args, f"--judge_url={server.url}", "--parallel=1")
-    assert len(server.asked) == 1 and server.asked[0][1] is None
-
-
-@pytest.mark.parametrize(
-    "trouble, why, asked",
-    [
-        ((500, {}, ""), "500 Internal Server Error", 162),
-        (
-            (400, {}, '{"error": {"message": "not allowed"}}'),
-            "http[^ ]*: 400 Bad Request: not allowed; check [^;]*",
-            160,
-        ),
-    ],
-)
-def test_what_fails_for_good_is_left_to_the_next_call(server, answers, capsys, trouble, why, asked):
-    path, args = answers
-    server.reply = lambda n, body: trouble if "first 85" in body["messages"][1]["content"] else good("[[7]]")
-    with pytest.raises(
-        ValueError,
-        match=f"2 of 160 turns could not be rated .last: {why}.; the same command asks for those alone",
-    ):
-        command(*args, f"--judge_url={server.url}", "--retries=1")
-    assert len(server.asked) == asked and "all turns       7.00  (158 ratings)" in capsys.readouterr().out
-    server.reply = lambda n, body: good("[[7]]")
-    command(*args, f"--judge_url={server.url}")
-    assert len(server.asked) == asked + 2 and "160 ratings of 160" in capsys.readouterr().out
-
-
-def test_a_dead_judge_is_given_up(server, answers):
-    path, args = answers
-    server.reply = lambda n, body: (503, {}, "")
-    with pytest.raises(ValueError, match="160 of 160 turns could not be rated"):
-        command(*args, f"--judge_url={server.url}", "--retries=0", "--parallel=2")
-    assert len(server.asked) < 20 and not path.with_name("mine-gpt_4_single.jsonl").exists()
+    with pytest.raises(ValueError, match="Incorrect API key.*the key in OPENAI_API_KEY"):
+        command(*args, f"--judge_url={server.url}")
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--judge_url=localhost:8000"], "expected the address of an OpenAI-compatible endpoint"),
         (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: expected.*FastChat"),
-        (["--judge_url=http://x", "--references="], "question 1.. .* beside a reference answer.*gpt-4.jsonl"),
-        (["--retries=-1"], "retries"),
-        (["--timeout=0"], "timeout"),
+        (["--judge_url=http://x", "--references="], "question 1.. needs a reference answer.*gpt-4.jsonl"),
         (["--answers="], "mtbench"),
     ],
 )
@@ -913,11 +687,11 @@ def test_bad_answers(answers):
     path, args = answers
     record = lines_of(path)[0]
     for wrong, words in (
-        (dict(record, choices=[]), "question 81: expected choices"),
-        (dict(record, choices=[dict(turns=["one"])]), "two texts"),
-        (dict(record, choices=3), "two texts"),
+        (dict(record, choices=[]), "not as FastChat writes it"),
+        (dict(record, choices=[dict(turns=["one"])]), "not as FastChat writes it"),
+        (dict(record, choices=3), "not as FastChat writes it"),
         (dict(record, question_id=7), "question 7 is answered, and it is not in --data"),
-        (dict(question_id=81), "expected lines with question_id, model_id, choices"),
+        (dict(question_id=81), "not as FastChat writes it"),
     ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=words):
@@ -927,14 +701,11 @@ def test_bad_answers(answers):
 def test_bad_judge_prompts(answers, tmp_path):
     path, args = answers
     for text, words in (
-        ('{"name": "single-v1"}', "expected lines with name, system_prompt"),
-        ("{", "line 1: not JSON"),
-        ("", "expected lines with"),
-        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "has no prompt single-v1, only x"),
-        (
-            '{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}',
-            "single-v1 cannot be filled.*nothing.*it may name question",
-        ),
+        ('{"name": "single-v1"}', "not as FastChat writes it"),
+        ("{", "line 1: Expecting"),
+        ("", "no rows"),
+        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "no prompt single-v1 to fill"),
+        ('{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}', "nothing"),
     ):
         (tmp_path / "p.jsonl").write_text(text)
         with pytest.raises(ValueError, match=words):

@@ -322,15 +322,24 @@ def test_a_new_head_is_written_into_the_config(family, both, tmp_path):
 
     net = getattr(net, net.base_model_prefix)
     net.save_pretrained(tmp_path / "base")
-    two, _ = model.load(str(tmp_path / "base"), task="classify", n_classes=2, dtype=torch.bfloat16)
-    two.save(tmp_path / "two")
     read = transformers.AutoModelForSequenceClassification.from_pretrained
-    saved = read(tmp_path / "two", dtype=torch.float32)  # our head is fp32
-    assert saved.config.num_labels == 2 and saved.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
-    ids, mask = batch(20, pad=two.config.pad)
-    with torch.no_grad():
-        want = saved(input_ids=ids, attention_mask=mask.long()).logits
-        assert (two.float().eval()(ids, mask) - want).abs().max() < 2e-5
+    for n in (1, 2, 3):
+        head, _ = model.load(str(tmp_path / "base"), task="classify", n_classes=n, dtype=torch.bfloat16)
+        head.save(tmp_path / str(n))
+        saved = read(tmp_path / str(n), dtype=torch.float32)  # our head is fp32
+        assert saved.config.num_labels == n
+        names = ["no", "perhaps", "yes"] if n == 3 else ["LABEL_0", "LABEL_1"][:n]
+        assert list(saved.config.id2label.values()) == names
+        ids, mask = batch(20, pad=head.config.pad)
+        with torch.no_grad():
+            want = saved(input_ids=ids, attention_mask=mask.long()).logits
+            assert (head.float().eval()(ids, mask) - want).abs().max() < 2e-5
+    record = json.loads((tmp_path / "base/config.json").read_text())
+    del record["id2label"], record["label2id"]  # as in a base model's own file
+    (tmp_path / "base/config.json").write_text(json.dumps(record))
+    three, _ = model.load(str(tmp_path / "base"), task="classify", n_classes=3)
+    three.save(tmp_path / "named")
+    assert read(tmp_path / "named").config.id2label == {i: f"LABEL_{i}" for i in range(3)}
     body, _ = model.load(str(tmp_path / "base"))
     body.save(tmp_path / "body")
     assert transformers.AutoModel.from_pretrained(tmp_path / "body").config.architectures == [

@@ -23,8 +23,6 @@ from train_nlg import (
     fill,
     measure,
     parse,
-    pick_device,
-    pick_dtype,
     read_lines,
     read_records,
     read_rows,
@@ -305,12 +303,15 @@ def test_read_lines_skips_what_a_kill_cut_off(tmp_path):
 
 
 def test_pick_device_and_dtype():
-    assert pick_dtype("auto", "cpu") == torch.float32 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert (
+        model.pick_dtype("auto", "cpu") == torch.float32
+        and model.pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    )
     with pytest.raises(ValueError, match="--dtype=float16"):
-        pick_dtype("float16", "cpu")
+        model.pick_dtype("float16", "cpu")
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"--device={device}: .*; use auto, cpu, cuda"):
-            pick_device(device)
+            model.pick_device(device)
 
 
 def test_an_older_trees_run_is_refused_by_one_line(tmp_path):
