@@ -453,7 +453,10 @@ def ask_judge(judge_url, judge_model, system, text):
     messages = [dict(role="system", content=system), dict(role="user", content=text)]
     how = dict(model=judge_model, messages=messages, temperature=0, max_tokens=2048)
     try:
-        return str(client.chat.completions.create(**how).choices[0].message.content)
+        reply = client.chat.completions.create(**how).choices[0].message.content
+        if reply is None:
+            raise ValueError("a reply without text")
+        return str(reply)
     except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         hint = f"check --judge_url, --judge_model={judge_model} and the key in OPENAI_API_KEY"
@@ -548,8 +551,9 @@ def code_benchmark(subject, file, data, problems, n, k, execute):
 
     problems: dicts of id, ask (the instruction), head (code before the completion), function, tests.
     """
-    ks = [int(word) if word.strip().isdecimal() else 0 for word in k.split(",")]
-    if not all(1 <= value <= n for value in ks):
+    words = [word.strip() for word in k.split(",")]
+    ks = [int(word) for word in words if word.isdecimal()]
+    if len(ks) < len(words) or not all(1 <= value <= n for value in ks):
         raise ValueError(f"--k={k} --n={n}: expected comma-separated k from 1 to n, the answers per problem")
     if n > 1 and subject.temperature == 0:
         raise ValueError(f"--n={n}: greedy answers to a problem are all the same; add --temperature=0.8")
@@ -584,7 +588,8 @@ def code_benchmark(subject, file, data, problems, n, k, execute):
 
 def code_rows(data, last, limit, *fields):
     rows = part(read_records(data), last, limit)
-    missing = [field for field in fields if any(field not in row for row in rows)]
+    there = set.intersection(*(set(row) for row in rows))
+    missing = [field for field in fields if field not in there]
     if missing:
         raise ValueError(f"{data}: no field {', '.join(missing)}; its fields are {', '.join(rows[0])}")
     return rows
@@ -876,8 +881,8 @@ def features(*runs, out="out/features.png"):
             raise ValueError(f"{run} has the classes {labels}, {runs[0]} {words}; one figure shows one task")
         silhouette, probe = separation(X, y)
         own = [float((predicted[y == c] == c).mean()) for c in range(len(labels))]
-        recalls = ["  ".join(f"{value:.3f}" for value in values) for values in (probe, own)]
-        print(f"{last_name(run):<32}{len(y):>6}{silhouette:>10.4f}     {recalls[0]}     {recalls[1]}")
+        recalls = "  ".join(f"{value:.3f}" for value in [*probe, *own])
+        print(f"{last_name(run):<32}{len(y):>6}{silhouette:>10.4f}     {recalls}")
         # At most 300 points of a class are drawn.
         drawn = np.concatenate([np.flatnonzero(y == c)[:300] for c in range(len(labels))])
         perplexity = min(30, len(drawn) // 4)
@@ -1234,6 +1239,7 @@ NOTES = {                             # of the options that are not of Subject
     "against": "differences to this row, paired by seed",
     "figure": "path of a figure, a dot per seed",
 }
+POSITIVE = ("max_new", "batch_size", "top_p", "n")    # above 0; every other number: at least 0
 # fmt: on
 
 
@@ -1263,6 +1269,10 @@ def main(argv):
     for option, default in options.items():
         parser.option(option, type(default), f"{notes[option]} (default: {default})")
     given = vars(parser.parse_args(argv[1:]))
+    for option, value in given.items():
+        if isinstance(value, int | float) and (value < 0 or value == 0 and option in POSITIVE):
+            expected = "a number above 0" if option in POSITIVE else "a number at least 0"
+            raise ValueError(f"--{option}={value} is out of range: expected {expected}")
     runs = given.pop("runs", [])
     if "subject" in parameters:
         own = {f.name: given.pop(f.name) for f in dataclasses.fields(Subject) if f.name in given}

@@ -426,10 +426,11 @@ def append(path, record):
 
 def read_lines(path):
     """-> the records of a .jsonl file, without an incomplete last line; [] where there is no file."""
-    if not os.path.exists(path):
+    try:
+        with open(path, "rb") as f:
+            lines = f.read().split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    with open(path, "rb") as f:
-        lines = f.read().split(b"\n")[:-1]
     try:
         return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as e:
@@ -955,9 +956,7 @@ def main(argv):
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
     net, tok = model.load(base, torch.float32 if full else dtype, device)
     if net.config.family != "llama":
-        raise ValueError(
-            f"--init={s.init}: a {net.config.family} model, which train_nlu.py tunes; give a decoder"
-        )
+        raise ValueError(f"--init={s.init} is a {net.config.family} model; train_nlu.py tunes those")
     train, held_out = load_examples(s, tok)
     lengths = [len(prompt) + len(answer) for prompt, answer in train]
     batches_per_epoch = math.ceil(len(train) / s.batch_size)

@@ -286,7 +286,8 @@ def test_math_command(base, says, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "1 of 4 rows have no gold answer and count as wrong" in out
     assert "exact match 25.00 % (1 of 4), 95 % interval 4.56 to 69.94 -> out/math-base.jsonl" in out
-    assert says.asked[0][0].startswith(eval.fill("alpaca", "")[:40]) and "at most 1024 tokens" in out
+    assert {prompt for prompt, _ in says.asked} == {eval.fill("alpaca", row["problem"]) for row in rows}
+    assert "at most 1024 tokens" in out
     head, *lines = lines_of("out/math-base.jsonl")
     assert sorted((line["row"], line["got"], line["gold"]) for line in lines) == [
         (0, "0.25", "\\frac{1}{4}"),
@@ -298,6 +299,26 @@ def test_math_command(base, says, capsys, tmp_path):
         assert "equal by math_verify 50.00 % (2 of 4)" in out
     command("math", f"--init={base}", "--data=math.jsonl")
     assert len(says.asked) == 4  # the same answers, judged again
+    command("math", f"--init={base}", "--data=math.jsonl", "--last=2", "--out=other")
+    assert "exact match 0.00 % (0 of 2)" in capsys.readouterr().out
+    assert [line["gold"] for line in sorted(lines_of("out/other.jsonl")[1:], key=lambda x: x["row"])] == [
+        "(1,2)",
+        None,
+    ]
+
+
+def test_gsm8k_counts_as_published(base, says, capsys):
+    """It reads 1,234,567 as 1234 on either side and rounds 2.4 to 2, as the published code does."""
+    rows = [
+        dict(question="a?", answer="#### 1,234,567"),
+        dict(question="b?", answer="#### 2"),
+        dict(question="c?", answer="#### 5"),
+    ]
+    Path("gsm.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    replies = {"a?": "The answer is: 1,234,567", "b?": "The answer is: 2.4", "c?": "The answer is: 5.00"}
+    says.text = lambda prompt: next(v for k, v in replies.items() if k in prompt)
+    command("gsm8k", f"--init={base}", "--data=gsm.jsonl")
+    assert "exact match 66.67 % (2 of 3)" in capsys.readouterr().out
 
 
 def test_math_without_math_verify_says_so(base, says, capsys, monkeypatch):
@@ -646,14 +667,36 @@ def test_judge_without_a_judge(answers, capsys):
     assert "0 of 160 turns are rated" in out and "--judge_url=URL" in out
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_the_client_tries_again(server, answers, status):
-    path, args = answers
-    server.reply = lambda n, body: (status, {}, "later") if n < 2 else good("fine [[8]]")
+TROUBLES = {
+    "rate limit": (429, {"Retry-After": "0"}, "slow down"),
+    "server error": (500, {}, "oops"),
+    "overloaded": (503, {}, "<html>"),
+    "cut off": (200, {"Content-Type": "application/json", "Content-Length": "1000"}, '{"choices'),
+    "connection closed": 0.0,
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_the_client_tries_again(server, trouble):
+    server.reply = lambda n, body: TROUBLES[trouble] if n < 2 else good("fine [[8]]")
     assert eval.ask_judge(server.url, "m", "system", "text") == "fine [[8]]" and len(server.asked) == 3
 
 
-@pytest.mark.parametrize("text", ["<html>", '{"error": "x"}', '{"choices": []}', "[1]"])
+def test_a_dead_judge_is_given_up(server, answers):
+    path, args = answers
+    server.reply = lambda n, body: (503, {}, "")
+    with pytest.raises(ValueError, match="check --judge_url.*The same command goes on where it was"):
+        command(*args, f"--judge_url={server.url}")
+    assert len(server.asked) == 6 and not lines_of(path.with_name("mine-gpt_4_single.jsonl"))
+    server.reply = lambda n, body: good("[[7]]")
+    command(*args, f"--judge_url={server.url}")
+    assert len(server.asked) == 166 and len(lines_of(path.with_name("mine-gpt_4_single.jsonl"))) == 160
+
+
+NO_TEXT = '{"choices": [{"message": {"role": "assistant", "content": null}}]}'
+
+
+@pytest.mark.parametrize("text", ["<html>", b"\xff", '{"error": "x"}', '{"choices": []}', NO_TEXT, "[1]"])
 def test_a_reply_that_is_none_is_one_line(server, text):
     server.reply = lambda n, body: (200, {"Content-Type": "application/json"}, text)
     with pytest.raises(ValueError, match="check --judge_url") as e:

@@ -248,7 +248,7 @@ def solve(sandbox, jobs):
 
 
 def test_humaneval_reference_solutions(sandbox, shared):
-    """Every fourth problem (all 164 pass, in 5 s by bwrap and 8 s by unshare on two cores): the bare body, and for a few the whole function; an empty answer fails."""
+    """Every fourth problem (all 164 pass, in 5 s on two cores): the bare body, and for a few the whole function; an empty answer fails."""
     rows = [json.loads(line) for line in gzip.open(shared / "humaneval/HumanEval.jsonl.gz", "rt")]
 
     def job(row, answer):
@@ -437,6 +437,11 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
         (["--k=x"], "--k=x"),
         (["--n=0"], "--n=0"),
         (["--n=5", "--k=5"], "all the same; add --temperature"),
+        (["--max_new=0"], "--max_new=0 is out of range: expected a number above 0"),
+        (["--batch_size=0"], "--batch_size=0 is out of range"),
+        (["--top_p=0"], "--top_p=0.0 is out of range"),
+        (["--temperature=-1"], "--temperature=-1.0 is out of range: expected a number at least 0"),
+        (["--limit=-1"], "--limit=-1 is out of range"),
         (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"),
         (["--data=none.jsonl.gz"], "expected an existing"),
         (["--data=cut.jsonl.gz"], "cannot be read as .jsonl"),
