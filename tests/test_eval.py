@@ -99,6 +99,15 @@ def test_gsm8k_goes_on_where_it_was_stopped(run, capsys):
     path.unlink()
 
 
+def test_samples_of_one_prompt_differ_from_batch_to_batch(run):
+    rows = [{"text": "x", "test_list": ["assert True"]}]
+    (run / "mbpp.json").write_text(json.dumps(rows))
+    args = ["mbpp", f"--run={run}/out", f"--data={run}/mbpp.json", "--n=4", "--k=1", "--temperature=1"]
+    command(*args, "--batch_size=1", "--max_new=8")
+    lines = [json.loads(line) for line in (run / "out/mbpp.jsonl").read_text().splitlines()[1:]]
+    assert len({line["answer"] for line in lines}) == 4
+
+
 def test_a_prompt_that_fills_the_context_stays_unanswered(run, capsys):
     rows = [{"question": "x" * 600, "answer": "#### 5"}, {"question": "1+1", "answer": "#### 2"}]
     (run / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -213,7 +222,10 @@ def test_table_of_runs(tmp_path, capsys, monkeypatch):
     assert "humaneval -10.000 ± 0.000 (0 of 2)" in out and "drift 0.000" in out
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     row = cells(out, "pissa")
-    assert row[-3:] == ["0.25 ± 0.00", "0.55 ± 0.07", "1.00 ± 0.00"]  # drift, GiB, minutes
+    assert row[-3:] == ["0.2500 ± 0.0000", "0.55 ± 0.07", "1.00 ± 0.00"]  # drift, GiB, minutes
+    fake_run(tmp_path / "b2", "balora", 2, dict(gsm8k=6))
+    command("table", *runs, "b2")
+    assert cells(capsys.readouterr().out, "pissa")[2] == "45.00 ± 7.07 (n = 2)"
 
 
 def test_the_ablations_table_has_both_scripts_side_by_side(tmp_path, capsys, monkeypatch):
