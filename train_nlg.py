@@ -374,7 +374,8 @@ class Run:
         """Raises ValueError where a tensor or number of this step is not finite."""
         if not all(torch.as_tensor(value).isfinite().all() for value in values):
             reason = f"the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})"
-            raise ValueError(f"step {step}: {reason}. The last checkpoint is kept")
+            kept = ", the last checkpoint is kept" if os.path.exists(self.path("checkpoint.pt")) else ""
+            raise ValueError(f"step {step}: {reason}{kept}")
 
 
 def trained_state(net):
