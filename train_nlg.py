@@ -16,12 +16,12 @@ import copy
 import csv
 import dataclasses
 import functools
-import glob
 import gzip
 import inspect
 import io
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -132,7 +132,7 @@ def check(s):
         raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
-    check_numbers(s, POSITIVE, SHARES)
+    check_numbers(vars(s) | s.options, POSITIVE, SHARES)
 
 
 # -----------------------------------------------------------------------------
@@ -200,9 +200,9 @@ def last_name(path):
     return os.path.basename(os.path.normpath(path))
 
 
-def check_numbers(s, positive, shares):
+def check_numbers(values, positive, shares):
     """Every number is finite and at least 0, those named in `positive` above 0, in `shares` at most 1."""
-    for name, value in {**dataclasses.asdict(s), **s.options}.items():
+    for name, value in values.items():
         if isinstance(value, int | float):
             low = "above 0" if name in positive.split() else "at least 0"
             high = " and at most 1" if name in shares.split() else ""
@@ -239,43 +239,10 @@ def run_main(main):
 
 
 # -----------------------------------------------------------------------------
-# Memory
-
-
-def print_estimate(s, net, report, ids, extra=None):
-    """--dry_run: what attach matched, and the memory of a step. net, ids [B, L] are on the meta device."""
-    if net.n_classes:
-        activations = model.kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
-    else:
-        activations = model.kept_bytes(net.hidden, ids)
-    width = net.embed.weight.element_size()
-    if s.checkpointing:  # one block in full, and the input of each
-        inputs = net.config.n_layers * ids.numel() * net.config.d * width
-        activations = activations / net.config.n_layers + inputs
-    tensors = [*net.parameters(), *net.buffers()]
-    copies = 2 * report.total if s.method == "full" and width == 2 else 0
-    parts = {
-        "frozen weights": sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad),
-        "what trains, its gradients, AdamW's moments (fp32)": 16 * report.trainable,
-        "16-bit copies of fp32 weights (autocast)": copies,
-        f"activations, {ids.shape[0]} x {ids.shape[1]} tokens": activations,
-        **(extra or {}),
-    }
-    parts["together"] = sum(parts.values())
-    print(f"{report}\ntokens per step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
-    print("memory, estimated (GiB)")
-    for name, size in parts.items():
-        if size:
-            print(f"  {name:<54}{size / 2**30:8.2f}")
-    if balora.METHODS[s.method].statistic:
-        print(f"before training, what the method measures: up to {balora.GROUP / 2**30:.0f} GiB at a time")
-
-
-# -----------------------------------------------------------------------------
 # A run's folder: config.json, log.jsonl, eval.json, checkpoint.pt, adapter/, loss.png
 
 FREE = ("resume", "overwrite", "out_dir", "dry_run")  # settings that do not make another run
-RUN_FILES = ("log.jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png", "adapter", "model")
+RUN_FILES = ("eval.json", "checkpoint.pt", "features.npz", "loss.png")  # beside .jsonl, adapter/, model/
 
 
 class Run:
@@ -294,12 +261,9 @@ class Run:
         new = dataclasses.asdict(s)
         changed = [name for name in new if name not in FREE and old.get(name) != new[name]]
         words = "; ".join(f"{name} ({old.get(name)} there, {new[name]} here)" for name in changed[:3])
-        if s.resume and changed:
-            raise ValueError(f"--resume: {self.out} was run with other settings: {words}")
         if changed and not s.overwrite:
-            raise ValueError(
-                f"{self.out} holds another run: {words}; choose another --out_dir or --overwrite"
-            )
+            ways = "choose another --out_dir, or --overwrite"
+            raise ValueError(f"{self.out} holds another run: {words}; {ways}")
         if not (s.resume or s.overwrite):
             raise ValueError(f"{self.out} holds this run: --resume goes on with it, --overwrite repeats it")
 
@@ -314,47 +278,42 @@ class Run:
         there = self.record["weights_hash"]
         if there != net.weights_hash:
             raise ValueError(f"--resume: {self.out} was run on weights {there}, these are {net.weights_hash}")
-        try:
+        with model.reading(path):
             start = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # whatever a broken file makes torch trip over
-            raise ValueError(f"{path}: cannot be read ({type(e).__name__}); is it whole?") from None
         print(f"--resume: {self.out} goes on after step {start['step']}")
         return start
 
     def begin(self, net, optimizer, start, base, device, **more):
         """Write config.json; restore the optimizer and random states of `start`. -> the step to go on with"""
         step = 0
-        session = dict(device=model.device_name(device), torch=torch.__version__, commit=git_commit())
         if start:
             step = start["step"]
             optimizer.load_state_dict(start["optimizer"])
             torch.set_rng_state(start["rng"])
             if start["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(start["cuda_rng"])
-            self.record["resumed"] = [*self.record.get("resumed", []), dict(session, step=step)]
         else:
             self.clear()
             base = os.path.abspath(base) if os.path.exists(base) else base
             self.record = dict(settings=dataclasses.asdict(self.s), source=net.source, base=base)
-            self.record |= dict(weights_hash=net.weights_hash, **session, **more)
+            self.record |= dict(weights_hash=net.weights_hash, device=model.device_name(device))
+            self.record |= dict(torch=torch.__version__, commit=git_commit(), **more)
         os.makedirs(self.out, exist_ok=True)
         write_json(self.path("config.json"), self.record)
         # Drop records after `step` and an incomplete last line.
         kept = [record for record in read_lines(self.path("log.jsonl")) if record["step"] <= step]
         write_text(self.path("log.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
         if start:
-            self.evaluations = [r for r in read_json(self.path("eval.json")) if r["step"] <= step]
+            self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
         return step
 
     def clear(self):
         """Delete what an earlier run left here, its benchmarks' answers too."""
-        if self.record:
-            answers = glob.glob(os.path.join(glob.escape(self.out), "*.jsonl"))
-            for path in [*map(self.path, RUN_FILES), *answers]:
-                if os.path.isdir(path):
-                    shutil.rmtree(path)
-                elif os.path.exists(path):
-                    os.remove(path)
+        for name in os.listdir(self.out) if self.record else ():
+            if name in ("adapter", "model"):
+                shutil.rmtree(self.path(name))
+            elif name in RUN_FILES or name.endswith(".jsonl"):
+                os.remove(self.path(name))
 
     def add_evaluation(self, record):
         """Print it, and put it into eval.json."""
@@ -392,27 +351,16 @@ def git_commit():
 
 
 def write_text(path, text):
-    def write(f):
-        f.write(text.encode())
-
-    balora.write_atomic(path, write)
+    balora.write_atomic(path, operator.methodcaller("write", text.encode()))
 
 
 def write_json(path, record):
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: cannot be read ({e})") from None
-
-
 def read_run(folder):
     """config.json of a run's folder. Raises ValueError where it is something else's, such as a model's."""
-    record = read_json(os.path.join(folder, "config.json"))
+    record = model.read_json(os.path.join(folder, "config.json"))
     if not isinstance(record, dict) or not {"settings", "weights_hash"} <= record.keys():
         raise ValueError(f"{folder} is not the folder of a run; a model's folder is given as --init={folder}")
     if "options" not in record["settings"]:
@@ -432,52 +380,37 @@ def read_lines(path):
             lines = f.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    try:
+    with model.reading(path, "move it away, and its items are done anew"):
         return [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: damaged ({e}); move it away, and its items are done anew") from None
 
 
 # -----------------------------------------------------------------------------
-# What both loops do alike: attach, AdamW, the record of a step, the loss figure
+# What both loops do alike: attach, AdamW, the record of a step, the estimate, the loss figure
 
 
 def attach(s, net, state=None, examples=(), loss_of=None):
-    """balora.attach by the settings. state: of a checkpoint to go on from; the rest: see `calibration`."""
-    targets = s.targets.split(",") if s.targets else None
-    calibrate = None
+    """balora.attach by the settings. state: of a checkpoint to go on from.
+
+    examples, loss_of(net, example) -> loss: what lora-ga, corda and corda++ measure on, a row at a time.
+    """
+
+    def calibrate(i):
+        part = chosen[i * s.calibration : (i + 1) * s.calibration]
+        for example in tqdm(part, desc="calibrate", unit="row", leave=False, disable=None):
+            loss = loss_of(net, example)
+            if loss.requires_grad:
+                loss.backward()
+
     if balora.METHODS[s.method].statistic and examples and not state:
-        calibrate = calibration(s, examples, loss_of)
-    progress = not s.dry_run
-    report = balora.attach(
-        net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, progress, **s.options
-    )
+        count = s.calibration * s.options.get("rounds", 1)
+        if count > len(examples):
+            raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
+        chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
+    targets = s.targets.split(",") if s.targets else None
+    report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, **s.options)
     if not s.dry_run:
         print(report)
     return report
-
-
-def calibration(s, examples, loss_of):
-    """-> what balora.attach runs to measure gradients or covariances: a function of the round -> tokens.
-
-    loss_of(example) -> its loss, its tokens. One example at a time.
-    """
-    count = s.calibration * s.options.get("rounds", 1)
-    if count > len(examples):
-        raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
-    chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
-
-    def calibrate(i):
-        tokens = 0
-        part = chosen[i * s.calibration : (i + 1) * s.calibration]
-        for example in tqdm(part, desc="calibrate", unit="row", leave=False, disable=None):
-            loss, read = loss_of(example)
-            tokens += read
-            if loss.requires_grad:
-                loss.backward()
-        return tokens
-
-    return calibrate
 
 
 def adamw(s, net, device):
@@ -495,24 +428,18 @@ def accumulate(terms, values, share):
 
 
 def step_record(step, terms, lambdas, norm, lr, tokens, seconds, device):
-    """A line of log.jsonl: raw and weighted terms, weights, gradient norm, rate, speed, peak memory."""
-    record = dict(step=step, **terms)
-    for name, number, weight in zip(("cr", "dr", "svdr"), "123", lambdas):
-        record[f"{name}_weighted"] = None if terms[name] is None else weight * terms[name]
-        record[f"lambda{number}"] = weight
+    """A line of log.jsonl: the terms and their weights, gradient norm, rate, speed, peak memory."""
+    record = dict(step=step, **terms, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)))
     record |= dict(grad_norm=norm, lr=lr, seconds=seconds, tokens_per_s=tokens / seconds)
     return record | dict(peak_GiB=model.peak_memory(device))
 
 
 def progress_line(record, max_iters):
-    words = [f"step {record['step']:>5}/{max_iters} | task {record['task']:.4f}"]
-    for name in ("cr", "dr", "svdr"):
-        if record[name] is not None:
-            words.append(f"{name} {record[name]:.4f} ({record[name + '_weighted']:.5f})")
-    if "orth" in record:
-        words.append(f"orth {record['orth']:.3f} | budget {record['budget']} (kept {record['kept']})")
-    words.append(f"grad {record['grad_norm']:.3f} | lr {record['lr']:.2e}")
-    words.append(f"{record['tokens_per_s']:,.0f} tok/s | {record['peak_GiB']:.2f} GiB")
+    """A line of log.jsonl as it is printed, with the time that is left."""
+    words = [f"step {record['step']:>5}/{max_iters}"]
+    for name, value in record.items():
+        if value is not None and name not in ("step", "seconds"):
+            words.append(f"{name} {value:,.0f}" if value > 1000 else f"{name} {value:.4g}")
     minutes = (max_iters - record["step"]) * record["seconds"] / 60
     return " | ".join([*words, f"ETA {minutes:.0f} min"])
 
@@ -529,6 +456,35 @@ def finish(s, run, net):
     for name, after in run.evaluations[-1].items():
         if isinstance(after, float):
             print(f"{name:<20}{before[name]:>10.4f}{after:>10.4f}")
+
+
+def print_estimate(s, net, report, ids, extra=None):
+    """--dry_run: what attach matched, and the memory of a step. net, ids [B, L] are on the meta device."""
+    if net.n_classes:
+        activations = model.kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
+    else:
+        activations = model.kept_bytes(net.hidden, ids)
+    width = net.embed.weight.element_size()
+    if s.checkpointing:  # one block in full, and the input of each
+        inputs = net.config.n_layers * ids.numel() * net.config.d * width
+        activations = activations / net.config.n_layers + inputs
+    tensors = [*net.parameters(), *net.buffers()]
+    copies = 2 * report.total if s.method == "full" and width == 2 else 0
+    parts = {
+        "frozen weights": sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad),
+        "what trains, its gradients, AdamW's moments (fp32)": 16 * report.trainable,
+        "16-bit copies of fp32 weights (autocast)": copies,
+        f"activations, {ids.shape[0]} x {ids.shape[1]} tokens": activations,
+        **(extra or {}),
+    }
+    parts["together"] = sum(parts.values())
+    print(f"{report}\ntokens per step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
+    print("memory, estimated (GiB)")
+    for name, size in parts.items():
+        if size:
+            print(f"  {name:<54}{size / 2**30:8.2f}")
+    if balora.METHODS[s.method].statistic:
+        print(f"before training, what the method measures: up to {balora.GROUP / 2**30:.0f} GiB at a time")
 
 
 # Okabe & Ito: colours that colour-blind readers can tell apart.
@@ -604,15 +560,10 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
             raise ValueError(f"{data}: no field for --{option}={name}; its fields are {', '.join(names)}")
     rows = []
     for record in records:
-        given = record.get("input") if question == "instruction" else None
-        values = (record.get(question), given, record.get(answer))
-        instruction, given, response = map(text_of, values)
-        rows.append((instruction, given, clean_answer(response)))
+        record = {name: str(value) for name, value in record.items() if value is not None}
+        given = record.get("input", "") if question == "instruction" else ""
+        rows.append((record.get(question, ""), given, clean_answer(record.get(answer, ""))))
     return rows
-
-
-def text_of(value):
-    return "" if value is None else str(value)
 
 
 def read_records(data, option="--data"):
@@ -626,15 +577,13 @@ def read_records(data, option="--data"):
     if kind not in KINDS or not os.path.isfile(data):
         raise ValueError(f"{option}={data}: expected an existing {' '.join(KINDS)} file or a hub data set")
     opener = gzip.open if data.endswith(".gz") else open
-    try:
+    with model.reading(data, f"expected rows in {kind}"):
         with opener(data, "rb") as f:
             records = parse_records(f, kind)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise ValueError("expected a list of objects")
-    except Exception as e:  # each reader has errors of its own
-        raise ValueError(f"{data}: cannot be read as {kind} ({e})") from None
-    if not records:
-        raise ValueError(f"{data}: no rows")
+        if not records:
+            raise ValueError("no rows")
     return records
 
 
@@ -684,9 +633,8 @@ def fill(template, instruction, given=""):
     """The prompt of a row. template: a name in TEMPLATES, or text with {instruction}."""
     text = TEMPLATES.get(template, template)
     if "{instruction}" not in text:
-        raise ValueError(
-            f"--template={template}: expected {', '.join(TEMPLATES)} or text with {{instruction}}"
-        )
+        known = ", ".join(TEMPLATES)
+        raise ValueError(f"--template={template}: expected {known} or text with {{instruction}}")
     if given and template == "alpaca":
         return ALPACA_INPUT.replace("{instruction}", instruction).replace("{input}", given)
     if given:
@@ -700,9 +648,6 @@ def encode_rows(rows, tok, template, max_len):
     Prompt and response are tokenised apart and joined, so the boundary is exact. Raises ValueError where
     nothing is left.
     """
-    frame = len(tok.bos + tok.encode(fill(template, "")))
-    if max_len and frame + 1 >= max_len:
-        raise ValueError(f"--max_len={max_len}: the {template} template alone takes {frame} tokens")
     examples = []
     dropped = Counter()
     for instruction, given, response in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
@@ -710,7 +655,7 @@ def encode_rows(rows, tok, template, max_len):
         answer = tok.encode(response) + [tok.eos]
         if not response.strip():
             dropped["no response"] += 1
-        elif max_len and len(prompt) + len(answer) > max_len:
+        elif len(prompt) + len(answer) > max_len:
             dropped[f"longer than {max_len} tokens"] += 1
         else:
             examples.append((prompt, answer))
@@ -727,16 +672,12 @@ def collate(examples, device):
     Position t is valid, and y its target, where token t + 1 belongs to the response. Masks come from lengths,
     never from ids, so a pad id that is also the EOS hides nothing.
     """
-    L = max(len(prompt) + len(answer) for prompt, answer in examples)
-    ids = torch.zeros(len(examples), L, dtype=torch.long)
-    valid = torch.zeros(len(examples), L, dtype=torch.bool)
+    rows = [torch.tensor(prompt + answer) for prompt, answer in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    valid = torch.zeros_like(ids, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        valid[row, len(prompt) - 1 : end - 1] = True
+        valid[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
     y = ids[:, 1:][valid[:, :-1]]
-    if len(y) == 0:
-        raise ValueError("a batch without a single labelled token; is every response empty?")
     return ids.to(device), valid.to(device), y.to(device)
 
 
@@ -786,35 +727,28 @@ def measure(net, examples, batch_size, K, k, teacher=None):
     diversity: mean entropy within the top K, nats.
     spectrum: mean over batches of Σ_{i≤k} σ_i / Σ_j σ_j of the logits.
     """
-    E = net.head
-    R = balora.head_factor(E)
-    device = E.device
-    sums = dict(loss=0.0, drift=0.0, diversity=0.0)
+    E_P = net.head if teacher is None else teacher.head
+    R = balora.head_factor(net.head)
+    sums = torch.zeros(3)
     spectra = []
     batches = batches_by_length([len(prompt) + len(answer) for prompt, answer in examples], batch_size)
     with balora.evaluating(net):
         for rows in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None):
-            ids, valid, y = collate([examples[i] for i in rows], device)
+            ids, valid, y = collate([examples[i] for i in rows], R.device)
             H_F = net.hidden(ids)[valid]  # [M, d]
             if not H_F.isfinite().all():
                 raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
+            H_P = None
             if teacher is not None:
                 with balora.teacher(teacher):
                     H_P = teacher.hidden(ids)[valid]
-            for start in range(0, len(y), 128):  # rows of logits in memory at a time
-                part = slice(start, start + 128)
-                Z_F = F.linear(H_F[part], E).float()
-                sums["loss"] += F.cross_entropy(Z_F, y[part], reduction="sum").item()
-                sums["diversity"] -= len(Z_F) * balora.dr_nlg(Z_F, K).item()
-                if teacher is not None:
-                    Z_P = F.linear(H_P[part], teacher.head).float()
-                    sums["drift"] += balora.kl(Z_P, Z_F).sum().item()
+            *means, _ = balora.token_losses(H_F, y, net.head, H_P, E_P, (0, 0, 0), T=1.0, K=K)
+            sums += len(y) * torch.stack(means).cpu()
             sigma = balora.singular_values(F.linear(H_F.float(), R))
             spectra.append((sigma[:k].sum() / sigma.sum()).item())
     M = sum(len(answer) for _, answer in examples)
-    record = {name: value / M for name, value in sums.items()}
-    if teacher is None:
-        record["drift"] = None
+    loss, drift, dr = (sums / M).tolist()
+    record = dict(loss=loss, drift=None if teacher is None else drift, diversity=-dr)
     return record | dict(spectrum=statistics.mean(spectra))
 
 
@@ -914,17 +848,16 @@ def load_examples(s, tok):
 
 
 def measured_rows(s, tok, train):
-    """The rows that corda and lora-ga measure on."""
-    if not s.calibration_data:
-        return train
-    examples, line = encode_rows(read_rows(s.calibration_data), tok, s.template, s.max_len)
-    print(f"calibration: {line}")
-    return examples
+    """The rows that corda, corda++ and lora-ga measure on."""
+    if s.calibration_data:
+        train, line = encode_rows(read_rows(s.calibration_data), tok, s.template, s.max_len)
+        print(f"calibration: {line}")
+    return train
 
 
 def row_loss(net, example):
     ids, valid, y = collate([example], net.head.device)
-    return F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head).float(), y), ids.numel()
+    return F.cross_entropy(F.linear(net.hidden(ids)[valid], net.head).float(), y)
 
 
 def dry_run(s):
@@ -971,7 +904,7 @@ def main(argv):
     if full:  # every weight moves, so the teacher has to be a copy
         teacher = copy.deepcopy(net).requires_grad_(False) if s.lambda1 else None
         net.autocast = dtype if dtype != torch.float32 else None
-    report = attach(s, net, state, measured_rows(s, tok, train), functools.partial(row_loss, net))
+    report = attach(s, net, state, train if start else measured_rows(s, tok, train), row_loss)
     optimizer = adamw(s, net, device)
     step = run.begin(net, optimizer, start, base, device, trainable=report.trainable, notes=report.notes)
     trained = [p for p in net.parameters() if p.requires_grad]

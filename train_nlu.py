@@ -165,7 +165,7 @@ def check(s):
         s.learning_rate *= 0.05 if s.method == "full" else 1.0
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.task}-{s.method}-{s.seed}")
     s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
-    check_numbers(s, POSITIVE, SHARES)
+    check_numbers(vars(s) | s.options, POSITIVE, SHARES)
     if not labels and (s.lambda1 or s.lambda2 or s.lambda3):
         print("L_CR, L_DR and L_SVDR cannot act here: one logit leaves nothing to compare")
     elif s.micro_batch == 1 and (s.lambda2 or s.lambda3):
@@ -620,7 +620,7 @@ def load(s, base, dtype, device):
 
 def row_loss(net, example):
     ids, mask, y = collate(net, [example])
-    return task_loss(net(ids, mask), y), ids.numel()
+    return task_loss(net(ids, mask), y)
 
 
 def fit_head(net, train, seed, steps=300):
@@ -692,7 +692,7 @@ def main(argv):
     state = start["net"] if start else None
     if s.probe and not start:
         fit_head(net, train, s.seed)
-    report = attach(s, net, state, train, functools.partial(row_loss, net))
+    report = attach(s, net, state, train, row_loss)
     optimizer = adamw(s, net, device)
     net.checkpointing = s.checkpointing
     net.autocast = dtype if full and dtype != torch.float32 else None

@@ -23,12 +23,15 @@ import time
 sys.path.insert(0, os.environ.get("BENCH_TREE", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import balora
 import model
 import train_nlg
+
+torch._inductor.config.cpp.simdlen = 256  # for the older tree, too: see model.Transformer.compile_blocks
 
 # fmt: off
 OPTIONS = dict(                         # beside --compile

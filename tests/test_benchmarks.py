@@ -441,7 +441,10 @@ def test_on_a_run(base, says, shared, capsys):
         "run/mtbench.jsonl"
     )[1]["model_id"] == "run"
     command("judge", "--run=run", f"--data={shared}/mt_bench/question.jsonl")
-    assert "0 of 4 turns are rated -> run/mtbench-gpt-4_single.jsonl" in capsys.readouterr().out
+    assert (
+        "0 of 4 turns are rated (--judge_url=URL rates the rest) -> run/mtbench-gpt-4_single.jsonl"
+        in capsys.readouterr().out
+    )
 
 
 def test_next_turn_in_other_templates():
@@ -454,11 +457,11 @@ def test_next_turn_in_other_templates():
 def test_questions(tmp_path):
     hub = dict(prompt=["a", "b"], prompt_id=7, category="math", reference=["c", "d"])
     (tmp_path / "q.jsonl").write_text(json.dumps(hub))
-    want = dict(turns=["a", "b"], category="math", reference=["c", "d"])
+    want = dict(turns=["a", "b"], category="math", ref_answer=["c", "d"], temperature=0.0)
     assert eval.questions(str(tmp_path / "q.jsonl")) == {7: want}
     for wrong in (dict(hub, category="maths"), dict(hub, prompt=["a"]), dict(hub, prompt="ab")):
         (tmp_path / "w.jsonl").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match="a category of writing.*two turns.*mt_bench"):
+        with pytest.raises(ValueError, match="w.jsonl: .*expected FastChat's form"):
             eval.questions(str(tmp_path / "w.jsonl"))
 
 
@@ -656,7 +659,7 @@ def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
     path.write_text(path.read_text().replace("first 81", "another"))
     with pytest.raises(ValueError, match="question 81 turn 1 was rated for another answer"):
         command(*args, f"--judge_url={server.url}")
-    with pytest.raises(ValueError, match="expected an existing .jsonl"):
+    with pytest.raises(ValueError, match="expected an existing"):
         command(*args, f"--answers={path}x")
 
 
@@ -664,7 +667,7 @@ def test_judge_without_a_judge(answers, capsys):
     path, args = answers
     command("judge", f"--answers={path}", args[2])
     out = capsys.readouterr().out
-    assert "0 of 160 turns are rated" in out and "--judge_url=URL" in out
+    assert "0 of 160 turns are rated (--judge_url=URL rates the rest)" in out
 
 
 TROUBLES = {
@@ -716,8 +719,8 @@ def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: expected.*FastChat"),
-        (["--judge_url=http://x", "--references="], "question 1.. needs a reference answer.*gpt-4.jsonl"),
+        (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: .*FastChat"),
+        (["--judge_url=http://x", "--references="], "question 1.. needs --references=gpt-4.jsonl"),
         (["--answers="], "mtbench"),
     ],
 )
@@ -730,11 +733,11 @@ def test_bad_answers(answers):
     path, args = answers
     record = lines_of(path)[0]
     for wrong, words in (
-        (dict(record, choices=[]), "not as FastChat writes it"),
-        (dict(record, choices=[dict(turns=["one"])]), "not as FastChat writes it"),
-        (dict(record, choices=3), "not as FastChat writes it"),
-        (dict(record, question_id=7), "question 7 is answered, and it is not in --data"),
-        (dict(question_id=81), "not as FastChat writes it"),
+        (dict(record, choices=[]), "expected FastChat's form"),
+        (dict(record, choices=[dict(turns=["one"])]), "expected FastChat's form"),
+        (dict(record, choices=3), "expected FastChat's form"),
+        (dict(record, question_id=7), "question 7 is answered, but not in --data"),
+        (dict(question_id=81), "expected FastChat's form"),
     ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=words):
@@ -744,10 +747,10 @@ def test_bad_answers(answers):
 def test_bad_judge_prompts(answers, tmp_path):
     path, args = answers
     for text, words in (
-        ('{"name": "single-v1"}', "not as FastChat writes it"),
+        ('{"name": "single-v1"}', "expected FastChat's form"),
         ("{", "line 1: Expecting"),
         ("", "no rows"),
-        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "no prompt single-v1 to fill"),
+        ('{"name": "x", "system_prompt": "", "prompt_template": ""}', "KeyError: 'single-v1'"),
         ('{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}', "nothing"),
     ):
         (tmp_path / "p.jsonl").write_text(text)

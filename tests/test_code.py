@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import os
 import random
 import re
@@ -10,7 +9,6 @@ import shutil
 import socket
 import sys
 import time
-from itertools import combinations
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -71,14 +69,6 @@ def test_humaneval_program_takes_a_whole_function_or_a_body():
         space = {}
         exec(prompt.rstrip() + eval.completion(answer, "f"), space)  # our own text
         assert space["f"](4) == 8, answer
-
-
-def test_pass_at_k_equals_counting():
-    for n, c, k in ((5, 2, 3), (4, 0, 2), (4, 4, 1), (6, 5, 2), (1, 1, 1)):
-        draws = list(combinations(range(n), k))
-        assert math.isclose(
-            eval.pass_at_k(n, c, k), sum(any(i < c for i in draw) for draw in draws) / len(draws)
-        ), (n, c, k)
 
 
 # the sandbox
@@ -354,7 +344,7 @@ def test_humaneval_in_two_phases(base, capsys, sandbox, monkeypatch):
         command(*args, "--execute")
 
 
-def test_mbpp_and_pass_at_k(base, capsys, sandbox, monkeypatch):
+def test_mbpp(base, capsys, sandbox, monkeypatch):
     monkeypatch.chdir(base)
     rows = [
         dict(
@@ -382,22 +372,16 @@ def test_mbpp_and_pass_at_k(base, capsys, sandbox, monkeypatch):
         "--init=base",
         "--data=mbpp.jsonl",
         "--max_new=3",
-        "--n=3",
-        "--k=1,2,3",
-        "--temperature=1",
     ]
     command(*args)
     path = base / "out/mbpp-base.jsonl"
     head, *lines = map(json.loads, path.read_text().splitlines())
     right = "class Two:\n    x = 2\ndef double(x):\n    return 2 * x\n"
-    lines = [dict(line, answer=right if line["row"] == line["sample"] == 0 else "x = 1") for line in lines]
+    lines = [dict(line, answer=right if line["row"] == 0 else "x = 1") for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
     command(*args, "--execute")
     out = capsys.readouterr().out
-    assert all(
-        words in out
-        for words in ("pass@1 16.67 % (2 problems, 3 answers each", "pass@2 33.33 %", "pass@3 50.00 %")
-    )
+    assert "pass@1 50.00 % (1 of 2)" in out
     command("mbpp", "--init=base", "--data=sanitized.json", "--max_new=3", "--out=clean")
     path = base / "out/clean.jsonl"
     head, line = map(json.loads, path.read_text().splitlines())
@@ -421,7 +405,7 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
         (base / name.replace("mbpp", "sample")).write_text(
             lines if name.endswith("l") else json.dumps(sample)
         )
-        answers = [dict(row=i, sample=0, answer=row["code"]) for i, row in enumerate(sample)]
+        answers = [dict(row=i, answer=row["code"]) for i, row in enumerate(sample)]
         monkeypatch.setattr(eval.Subject, "answer", lambda *a, answers=answers, **k: ("out/x.jsonl", answers))
         shown = []
         monkeypatch.setattr(eval, "print_share", lambda what, right, path, shown=shown: shown.append(right))
@@ -433,19 +417,15 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--k=1,10"], "comma-separated k from 1 to n"),
-        (["--k=x"], "--k=x"),
-        (["--n=0"], "--n=0"),
-        (["--n=5", "--k=5"], "all the same; add --temperature"),
         (["--max_new=0"], "--max_new=0 is out of range: expected a number above 0"),
         (["--batch_size=0"], "--batch_size=0 is out of range"),
         (["--top_p=0"], "--top_p=0.0 is out of range"),
         (["--temperature=-1"], "--temperature=-1.0 is out of range: expected a number at least 0"),
         (["--limit=-1"], "--limit=-1 is out of range"),
-        (["--data=rows.jsonl"], "no field prompt, entry_point, test; its fields are q"),
+        (["--data=rows.jsonl"], "KeyError: 'prompt'.*expected HumanEval's fields prompt, entry_point, test"),
         (["--data=none.jsonl.gz"], "expected an existing"),
-        (["--data=cut.jsonl.gz"], "cannot be read as .jsonl"),
-        (["--data=not.jsonl.gz"], "cannot be read as .jsonl"),
+        (["--data=cut.jsonl.gz"], "cut.jsonl.gz: cannot be read .*expected rows in .jsonl"),
+        (["--data=not.jsonl.gz"], "not.jsonl.gz: cannot be read .*expected rows in .jsonl"),
     ],
 )
 def test_bad_options(base, argv, words, monkeypatch):
