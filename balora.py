@@ -12,9 +12,9 @@ the SVD term (SVDR) asks for outputs of low rank. What trains is an adapter besi
 
     y  =  W x + s (B A - B0 A0) x  =  W x + s [ΔB  B0] [A; ΔA] x          ΔA = A - A0,  ΔB = B - B0
 
-It starts at A0, B0 as the pre-trained network, bit for bit, and with the bracket off it is that network at
-any later step, so the teacher needs no second model. The form on the right is what is computed and saved:
-in 16 bits the difference of two nearly equal products cancels.
+The bracket, s (B A - B0 A0) x, is 0 at the start, bit for bit. Switched off at any later step, it leaves the
+pre-trained network, so the teacher needs no second model; PiSSA's residual W - s B0 A0 is never stored. The
+form on the right is what is computed and saved: in 16 bits B A - B0 A0 would lose all its digits.
 
     print(balora.attach(net, "balora", r=16, alpha=16))     # net: any module that holds nn.Linear layers
     with balora.teacher(net): H_P = hidden(net, ids)        # the pre-trained network
@@ -24,6 +24,7 @@ in 16 bits the difference of two nearly equal products cancels.
     W [out, in]; A [r, in], B [out, r]     frozen weight; trained factors; s = alpha / r
     Z_F, Z_P [N, D] or [M, V]              logits of the tuned and of the pre-trained network
     N, D; M, V                             examples, classes; response tokens to predict, vocabulary
+    P', σ̃                                  probabilities within the top K; σ by randomised SVD
     H [M, d], E [V, d]; R [d, d]           hidden states, head: Z = H Eᵀ; E = Q R, so H Rᵀ has the σ of Z
 """
 
@@ -41,8 +42,7 @@ from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
@@ -77,7 +77,7 @@ def svdr_nlu(Z_F, k):
     """Low rank (SVDR-NLU). Logits [N, D] -> scalar in [-1, 0); the constant -1 where k ≥ min(N, D)"""
     sigma = singular_values(Z_F)
     if sigma[0] == 0:
-        return Z_F.sum() * 0  # no spectrum: a constant
+        return Z_F.sum() * 0  # logits of zeros have no spectrum: 0, without gradient
     # L_SVDR = - Σ_{i≤k} σ_i / Σ_j σ_j
     return -sigma[:k].sum() / sigma.sum()
 
@@ -101,14 +101,14 @@ def svdr_nlg(Z_F, k, rounds=2, extra=5, seed=0):
     Z = off_mps(Z_F)
     energy = Z.square().sum()
     if energy == 0:
-        return Z_F.sum() * 0  # no spectrum: a constant
+        return Z_F.sum() * 0  # logits of zeros have no spectrum: 0, without gradient
     q = min(k + extra, *Z.shape)
     with torch.no_grad():
-        generator = torch.Generator(Z.device).manual_seed(seed)  # its own: training draws nothing from it
+        generator = torch.Generator(Z.device).manual_seed(seed)  # of its own: training draws nothing from it
         Q = torch.randn(len(Z), q, generator=generator, device=Z.device, dtype=Z.dtype)
         for _ in range(rounds + 1):
             Q = torch.linalg.qr(Z @ (Z.T @ Q)).Q  # [M, q], orthonormal
-    # Only singular values are differentiated, so nothing divides by σ_i² - σ_j².
+    # Only σ is differentiated, Q is a constant: gradients of U and V would divide by σ_i² - σ_j².
     sigma = torch.linalg.svdvals(Q.T @ Z)
     # L_SVDR = - Σ_{i≤k} σ̃_i / ‖Z‖_F
     return (-sigma[:k].sum() / energy.sqrt()).to(Z_F.device)
@@ -160,6 +160,7 @@ def loss_nlg(
 
     H_F, H_P [M, d]: hidden states of student and teacher at the positions that predict the tokens y [M].
     E, E_P [V, d]: their heads, E_P = E unless E trains. R: head_factor(E), computed once while E is frozen.
+    cross_entropy: label_smoothing. Task loss, CR and DR are values; `carrier` brings their gradient.
     """
     lambda1, lambda2, lambda3 = lambdas
     R = head_factor(E) if R is None else R
@@ -172,30 +173,29 @@ def loss_nlg(
 
 
 def token_losses(H_F, y, E, H_P, E_P, lambdas, T, K, **cross_entropy):
-    """-> values of task loss, CR and DR, and a zero that carries their weighted gradient"""
+    """-> values of task loss, CR and DR, and a scalar 0 whose gradient is that of their weighted sum"""
     # The logits of all rows, [M, V], would not fit in memory. They are made for a chunk of rows at a time,
     # and each chunk's gradient is taken at once; `carrier` hands it on to the backward pass.
     learning = torch.is_grad_enabled() and (H_F.requires_grad or E.requires_grad)
-    head = [E] if learning and E.requires_grad else []
+    head = [E] if learning and E.requires_grad else []  # the head, if it trains
     gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (H_F, *head)]
-    values = torch.zeros(3, device=H_F.device)
+    sums = torch.zeros(3, device=H_F.device)
     for start in range(0, len(y), chunk_rows(H_F.device)):
         rows = slice(start, start + chunk_rows(H_F.device))
         H = H_F[rows].detach().requires_grad_(learning)
         Z_P = None if H_P is None else F.linear(H_P[rows], E_P).detach().float()
         task, cr, dr = token_terms(H, y[rows], E, Z_P, T, K, **cross_entropy)
-        share = len(H) / len(y)  # the terms are means over all M rows
-        values += share * torch.stack([task, cr, dr]).detach()
-        if learning:
-            weighted = share * (task + lambdas[0] * cr + lambdas[1] * dr)
+        sums += len(H) * torch.stack([task, cr, dr]).detach()
+        if learning:  # of sums over rows: gradients of the mean could be too small for float16
+            weighted = len(H) * (task + lambdas[0] * cr + lambdas[1] * dr)
             of_H, *of_E = torch.autograd.grad(weighted, [H, *head])
             gradients[0][rows] = of_H
             for gradient in of_E:
                 gradients[1] += gradient
-    carrier = (H_F.float() * gradients[0]).sum()
+    carrier = (H_F.float() * gradients[0]).sum() / len(y)
     if head:
-        carrier = carrier + (E.float() * gradients[1]).sum()
-    return *values, carrier - carrier.detach()
+        carrier = carrier + (E.float() * gradients[1]).sum() / len(y)
+    return *sums / len(y), carrier - carrier.detach()
 
 
 def token_terms(H_F, y, E, Z_P, T, K, **cross_entropy):
@@ -217,7 +217,7 @@ def head_factor(E):
 
 
 def lambda_schedule(step, max_iters, lambdas):
-    """The authors': λ1 falls by cosine to a tenth; λ2, λ3 are 0 for 20 % of the steps and rise for 5 %."""
+    """The authors': λ1 falls by cosine to a tenth; λ2, λ3 are 0 for 20 % of the steps, then rise for 5 %."""
     p = step / max_iters
     fall = 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2
     rise = min(max((p - 0.20) / 0.05, 0.0), 1.0)
@@ -303,7 +303,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def norms(self):
-        """n² = ‖w‖² + 2 s b·(A w) + s² b A Aᵀ bᵀ of rows w of W and b of B; nothing of W's size is made."""
+        """n² = ‖w‖² + 2 s b·(A w) + s² b A Aᵀ bᵀ; w, b: rows of W, B. [out], without a tensor of W's size."""
         left, A = self.factors()
         WA = F.linear(A.to(self.weight.dtype), self.weight).float()  # [r, out]
         change = 2 * (left * WA.T).sum(dim=1) + (left @ (A @ A.T) * left).sum(dim=1)
@@ -311,9 +311,10 @@ class DoRA(LoRA):
 
     def forward(self, x):
         y = super().forward(x)  # W x + b + s B A x
-        if self.on:  # at the start m = n: no bit changes
-            Vx = y if self.bias is None else y - self.bias
-            y = y + (self.m / self.norms() - 1).to(x.dtype) * Vx
+        if self.on:
+            without_b = y if self.bias is None else y - self.bias
+            change = self.m / self.norms() - 1  # at the start m = n: exactly 0
+            y = y + change.to(x.dtype) * without_b
         return y
 
     def merged(self):
@@ -321,7 +322,7 @@ class DoRA(LoRA):
 
 
 class AdaLoRA(LoRA):
-    """y = W x + b + s B (E ∘ A x); `allocate` sets entries of E [r] to zero (Zhang et al. 2023)."""
+    """y = W x + b + s B (E ∘ A x); `allocate` sets entries of this E [r] to 0 (Zhang et al. 2023)."""
 
     def __init__(self, linear, A0, B0, s):
         super().__init__(linear, A0, B0, s)
@@ -352,7 +353,7 @@ class AdaLoRA(LoRA):
 
 
 class Houlsby(nn.Module):
-    """h + Up SiLU(Down h) behind a dropout h = inner(x) (Houlsby et al. 2019; SiLU as in AdaLoRA's code)."""
+    """h + Up SiLU(Down h) behind the dropout that ends a part (Houlsby et al. 2019; AdaLoRA's SiLU)."""
 
     act = staticmethod(F.silu)
 
@@ -364,13 +365,13 @@ class Houlsby(nn.Module):
         self.up = nn.Parameter(torch.zeros(d, r))  # zero: it starts as the pre-trained network
         self.up_bias = nn.Parameter(torch.zeros(d))
 
-    def f(self, h):
+    def bottleneck(self, h):
         z = self.act(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
         return F.linear(z, self.up.to(h.dtype), self.up_bias.to(h.dtype))
 
     def forward(self, x):
         h = self.inner(x)
-        return h + self.f(h) if self.on else h
+        return h + self.bottleneck(h) if self.on else h
 
 
 class Pfeiffer(Houlsby):
@@ -425,15 +426,15 @@ def init_pissa(W, r, s, rng, measured=None, niter=10, oversample=8):
 
 
 def init_milora(W, r, s, rng, measured=None):
-    """The r smallest singular triplets, by the exact SVD (Wang et al. 2024)."""
+    """The r smallest singular triplets, by the exact SVD (Hanqing Wang et al. 2024)."""
     U, S, Vt = torch.linalg.svd(W.float(), full_matrices=False)
     return split(U[:, -r:], S[-r:], Vt[-r:], s)
 
 
 def init_lora_ga(W, r, s, rng, G, gamma=16.0):
-    """Of the gradient G = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ (Wang et al. 2024)."""
+    """Of ∂L/∂W = G = U S Vᵀ: A0 = c V_{1..r}ᵀ, B0 = c U_{r+1..2r}, c = out^¼ / √γ (S. Wang et al. 2024)."""
     # Not by top_svd: its Gram matrix loses what lies below 1e-3 of σ_1, and a gradient's spectrum falls fast.
-    with torch.random.fork_rng([W.device] if W.is_cuda else []):
+    with torch.random.fork_rng([W.device] if W.is_cuda else []):  # svd_lowrank takes no generator
         torch.manual_seed(torch.randint(2**31, (1,), generator=rng, device=rng.device).item())
         U, _, V = torch.svd_lowrank(G.to(W.device), q=min(4 * r, *W.shape), niter=4)
     c = W.shape[0] ** 0.25 / math.sqrt(gamma)
@@ -444,12 +445,14 @@ def init_corda(W, r, s, rng, covariance, keep="first", **_):
     """Triplets of W C̃ = U S Qᵀ with Vᵀ = Qᵀ C̃⁻¹, C̃ the inputs' damped covariance (Yang et al. 2024)."""
     damped, inverse, _ = covariance
     U, S, Qt = torch.linalg.svd(W.float() @ damped, full_matrices=False)
-    part = slice(None, r) if keep == "first" else slice(-r, None)  # what inputs use (IPM) or not (KPM)
+    part = (
+        slice(None, r) if keep == "first" else slice(-r, None)
+    )  # instruction-previewed, knowledge-preserved
     return split(U[:, part], S[part], Qt[part] @ inverse, s)
 
 
 def split(U, S, Vt, s):
-    """s B0 A0 = U S Vᵀ, each factor taking the root of the singular values."""
+    """s B0 A0 = U S Vᵀ:  A0 = √(S/s) Vᵀ,  B0 = U √(S/s)"""
     root = (S / s).sqrt()
     return root[:, None] * Vt, U * root
 
@@ -463,9 +466,7 @@ def top_svd(W, r, niter, oversample, rng):
         U, S, Vt = top_svd(W.T, r, niter, oversample, rng)
         return Vt.T, S, U.T
     # Subspace iteration (Halko et al. 2011) with Wᵀ W: a round is one small product and one thin QR.
-    left, right = W.chunk(2, dim=1)
-    cross = left.T @ right  # one of two blocks of Wᵀ W that are each other's transposes
-    gram = torch.cat([torch.cat([left.T @ left, cross], 1), torch.cat([cross.T, right.T @ right], 1)])
+    gram = W.T @ W
     Q = torch.randn(len(gram), r + oversample, generator=rng, device=W.device)
     for _ in range(niter):
         Q = torch.linalg.qr(gram @ Q).Q
@@ -489,7 +490,7 @@ def gradients(model, name, found):
 
 
 def covariances(model, name, found):
-    """Let forward passes of x [1, L, in] average C = x̃ᵀ x̃, x̃ = x / |max x|, in found[name] -> hook"""
+    """Average C = x̃ᵀ x̃, x̃ = x / |max x|, over forward passes of x [1, L, in] in found[name] -> hook"""
     calls = 0
 
     def take(module, arguments):
@@ -498,7 +499,7 @@ def covariances(model, name, found):
         if x.dim() != 3:  # DeBERTa's projections read positions, too; they do not count
             return
         x = x.flatten(0, 1).float()
-        x = x / x.max().abs()
+        x = x / x.max().abs()  # |max x|, not max |x|: as in CorDA's code
         calls += 1
         mean = found.get(name, 0)
         found[name] = mean + (x.T @ x - mean) / calls
@@ -529,8 +530,7 @@ def statistics(model, names, kind, calibrate, round=0, room=GROUP):
                 hook.remove()
         for name in group:
             if name not in found:
-                hint = "does calibrate run the model (backward)?"
-                raise ValueError(f"calibration: nothing reached {name}; {hint}")
+                raise ValueError(f"calibration: nothing reached {name}; does calibrate run the model?")
             yield name, found.pop(name)
 
 
@@ -575,10 +575,11 @@ def choose_covariance(W, candidates, name="a layer"):
 def allocate_ranks(spectra, log_pi, width, budget, keep):
     """CorDA++, Eq. 9-10: the rank of each layer's adapter, within `budget` parameters -> {name: rank}
 
-    spectra {name: σ, falling}; log_pi {name: log π > 0}; width {name: in + out, a direction's parameters}.
-    In each layer the smallest direction is marked, then one more at a time, where the last mark scores least,
-    log π · σ / Σ of the larger σ. keep="last" adapts the marks until they exceed the budget, "first" the rest
-    until it fits. A layer's scores only rise, so the order of all steps is the sorted order of all scores.
+    spectra {name: σ, falling}; log_pi {name: log π > 0}; width {name: in + out, parameters per rank}.
+    Each layer first takes its smallest σ. Then the layer whose last taken σ_j scores least,
+    log π · σ_j / (σ_1 + ... + σ_{j-1}), takes its next larger one, and so on. keep="last" adapts what was
+    taken and stops above the budget, "first" the rest and stops below it. Scores rise within a layer, so one
+    sort of all of them gives the whole order.
     """
     scores = []
     owners = []
@@ -633,7 +634,7 @@ METHODS = {
     "hadapter": Method("h + Up SiLU(Down h) behind attention and MLP", Houlsby),
     "padapter": Method("a bottleneck around the norm behind the MLP", Pfeiffer),
 }
-ENCODERS_ONLY = ("bitfit", "hadapter", "padapter")  # biases, post-norm blocks: LLaMA has neither
+ENCODERS_ONLY = ("hadapter", "padapter")                # they stand in post-norm blocks
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # fmt: on
 
@@ -713,23 +714,23 @@ def attach(
     for module in trained_whole(model).values():
         module.requires_grad_(True)
         report.head += sum(p.numel() for p in module.parameters())
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    report.trainable = sum(trained.values())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if state is not None:
-        lacking = [n for n in trained if n not in state or state[n].shape != model.get_parameter(n).shape]
-        if lacking:
-            raise ValueError(f"state: no such {lacking[0]} in it; is it of another model or adapter?")
+        for name, tensor in model.state_dict().items():
+            if name not in frozen and (name not in state or state[name].shape != tensor.shape):
+                raise ValueError(f"state: no such {name} in it; is it of another model or adapter?")
         model.load_state_dict(state, strict=False)
     return report
 
 
 def starts(model, report, seed, calibrate, state):
-    """Yield (layer's name, rank, s, (A0, B0)), after measuring what the method needs; None for zeros."""
+    """Yield (layer's name, rank, s, (A0, B0)); None in place of the pair: zeros, to be filled by `state`."""
     spec = METHODS[report.method]
     names = list(dict.fromkeys(name for found in report.matched.values() for name in found))
     rank = report.r
     s = report.alpha / report.r
-    if spec.layer is AdaLoRA:  # it ends at r, on average; its code's s
+    if spec.layer is AdaLoRA:  # it begins with 1.5 r and ends at r on average; s as in its code
         rank = math.ceil(1.5 * rank)
         s = report.alpha / (rank + 1e-5)
     directions = 2 * rank if spec.init is init_lora_ga else rank
@@ -758,11 +759,10 @@ def measure(model, names, report, calibrate):
     if calibrate is None:
         raise ValueError(f"{report.method} measures {kind.__name__}: attach(..., calibrate=...) is missing")
     shares = []
-    lacking = 0
     n = report.options.get("rounds", 1)
 
     def rounds():
-        """Yield of each layer ((its name, the statistic of round 0), (its name, of round 1), ...)."""
+        """Yield a tuple per layer: (name, statistic) of round 0, of round 1, ...; each has its own rows."""
         return zip(*[statistics(model, names, kind, calibrate, i, GROUP // n) for i in range(n)])
 
     ranks = dict.fromkeys(names, report.r)
@@ -775,21 +775,16 @@ def measure(model, names, report, calibrate):
             chosen[name], log_pi[name], spectra[name] = choose_covariance(W, [C for _, C in found], name)
             width[name] = sum(W.shape)
         ranks = allocate_ranks(spectra, log_pi, width, report.r * sum(width.values()), report.options["keep"])
-        least, *_, most = sorted(ranks.values())
-        wins = ", ".join(f"{i + 1} by {n} layers" for i, n in sorted(Counter(chosen.values()).items()))
-        report.notes.append(f"ranks {least} to {most}; rounds of covariances chosen: {wins}")
+        report.notes.append(f"ranks {min(ranks.values())} to {max(ranks.values())}")
     for found in rounds():
         name = found[0][0]
         statistic = found[chosen[name]][1]
         if kind is covariances:
-            lacking += bool(torch.linalg.cholesky_ex(off_mps(statistic)).info)  # not positive definite
             statistic = damp(statistic, name)
             shares.append(statistic[2])
         yield name, ranks[name], statistic
     if shares:
         report.notes.append(f"covariances damped by up to {max(shares):.0%} of their mean diagonal")
-    if lacking:
-        report.notes.append(f"{lacking} of {len(names)} covariances lack rank: give more calibration rows")
 
 
 def new_layer(model, name, kind, seed, rank, s, start=None):
@@ -825,7 +820,7 @@ def match(model, targets, kind=LoRA):
     matched = {pattern: names for pattern, names in found.items() if names}
     if not matched or (targets and matched != found):
         nothing = ", ".join(found.keys() - matched.keys()) or "any"
-        has = ", ".join(leaves) or f"no place for {kind.__name__} (bottlenecks: post-norm encoders have)"
+        has = ", ".join(leaves) or f"no place for {kind.__name__}: encoders have (and Qwen2, biases)"
         raise ValueError(f"targets: nothing matches {nothing}; the model has {has}")
     return matched
 
@@ -853,7 +848,7 @@ def nearest(word, known):
 
 @contextmanager
 def teacher(model):
-    """The pre-trained network, exactly, at any step: brackets off, eval mode, no gradient; all comes back."""
+    """The pre-trained network at any step: brackets off, eval mode, no gradient. A trained head stays so."""
     switches = [(layer, layer.on) for layer in adapted_layers(model).values()]
     if not switches and any(p.requires_grad for p in model.parameters()):
         raise ValueError("teacher: this model trains without an adapter to switch off; ask a frozen copy")
@@ -917,7 +912,7 @@ def budget_steps(max_iters, options):
 
 @torch.no_grad()
 def allocate(model, step, max_iters, r, cuts, beta=0.85):
-    """Zero AdaLoRA's least important E, after optimizer.step() of 0-based `step`, before gradients go."""
+    """Set AdaLoRA's least important E to 0, between optimizer.step() and zero_grad(). step counts from 0."""
     t_i, t_f, every = cuts
     layers = list(adapted_layers(model).values())
     b0 = sum(len(layer.E) for layer in layers)
@@ -928,7 +923,7 @@ def allocate(model, step, max_iters, r, cuts, beta=0.85):
     if p < 1:
         for layer in layers:
             layer.observe(beta)
-    if (p > 1 or step % every == 0) and b < b0:  # in between, an E may grow again
+    if (p > 1 or step % every == 0) and b < b0:  # between two cuts, training may bring an E back
         scores = [layer.importance() for layer in layers]
         threshold = torch.cat(scores).kthvalue(b0 - b).values
         for layer, score in zip(layers, scores):
@@ -948,6 +943,13 @@ FORMS = {  # of a kind of layer: peft_type, {a tensor's name in the file: its na
 }
 
 
+# Settings of adapter_config.json that are read, and those that say nothing about how the tensors act.
+READ = "peft_type r lora_alpha alpha_pattern rank_pattern use_rslora use_dora init_lora_weights"
+HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    target_modules exclude_modules lora_dropout modules_to_save layers_to_transform layers_pattern
+    megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config"""
+
+
 def write_atomic(path, write):
     """Call write(file) on a temporary name, then rename: a kill leaves the old file or the new one."""
     temporary = f"{path}.tmp"
@@ -959,8 +961,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        why = getattr(e, "strerror", None) or e
-        raise OSError(f"cannot write {path} ({why}); what was there before is untouched") from None
+        raise OSError(f"cannot write {path} ({e}); what was there before is untouched") from None
     os.replace(temporary, path)
 
 
@@ -1022,15 +1023,10 @@ def save_adapter(model, folder, base=None):
 
 def load_adapter(model, folder):
     """Put a saved LoRA, DoRA or form of ours on a plain model, unchanged if it does not fit -> layers"""
-    config, kind = read_config(folder)
-    path = os.path.join(folder, "adapter_model.safetensors")
     if adapted_layers(model):
         raise ValueError("this model already has an adapter: merge it first, or load the model anew")
-    try:
-        with safe_open(path, "pt") as f:
-            state = {key.removeprefix("base_model.model."): f.get_tensor(key) for key in f.keys()}
-    except (SafetensorError, FileNotFoundError) as e:
-        raise ValueError(f"{path}: cannot be read ({e}); is it whole?") from None
+    config, path, state = read_adapter(folder)
+    kind = adapter_kind(config, folder)
     places = head_tensors(model)  # {name in the file: the tensor of ours that it fills}
     ours = {public_name(model, name): name for name in adaptable(model, kind)}
     leaves = FORMS[kind][1]
@@ -1039,18 +1035,19 @@ def load_adapter(model, folder):
     expected = places.keys() | {name + end for name in names for end in ends}
     wrong = sorted((set(names) - ours.keys()) | (expected ^ state.keys()))
     if wrong:
-        what = f"no place for, or no counterpart to, {', '.join(wrong[:5])}"
-        raise ValueError(f"{path}: {what}; is it an adapter of this model (a classifier's has its head)?")
+        raise ValueError(f"{path}: not of this model, or not whole (a head?): {', '.join(wrong[:5])}")
     layers = {}
     for name in names:
         rank = len(state[name + ends[0]])
-        s = lora_scale(config, name, rank)
+        s = lora_scale(config, name, rank, path)
         layer = layers[ours[name]] = new_layer(model, ours[name], kind, 0, rank, s)
         places |= {f"{name}.{leaf}": getattr(layer, own) for leaf, own in leaves.items()}
     for name, p in places.items():
-        if state[name].shape != p.shape:
-            what = f"{path}: {name} has shape {list(state[name].shape)}, the model's is {list(p.shape)}"
-            raise ValueError(f"{what}; another model, or another number of classes?")
+        w = state[name]
+        if w.shape != p.shape or not w.is_floating_point() or not w.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} is {w.dtype} {list(w.shape)}, not finite floats {list(p.shape)}"
+            )
     model.requires_grad_(False)  # nothing was changed up to here
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -1059,32 +1056,45 @@ def load_adapter(model, folder):
     return len(layers)
 
 
-def read_config(folder):
-    """-> the record of adapter_config.json, the kind of layer that it asks for"""
+def read_adapter(folder):
+    """-> the settings of a peft folder, the path of its weights, {name: tensor}"""
     path = os.path.join(folder, "adapter_config.json")
     try:
         with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not there, or not JSON ({e}); expected a peft folder") from None
+            config = dict(json.load(f))
+        path = os.path.join(folder, "adapter_model.safetensors")  # an .bin of old: load and save it in peft
+        state = {key.removeprefix("base_model.model."): w for key, w in load_file(path).items()}
+        return config, path, state
+    except Exception as e:  # each reader has errors of its own
+        raise ValueError(f"{path}: {type(e).__name__} {e}; expected a folder as peft writes it") from None
+
+
+def adapter_kind(config, folder):
+    """The kind of layer that the record of an adapter_config.json asks for."""
     start = str(config.get("init_lora_weights"))
     if start.split("_niter")[0] in ("pissa", "olora", "corda", "loftq", "lora_ga", "milora"):
-        what = f"{path}: init_lora_weights={start!r} belongs to a base whose weights that changed; convert it"
-        raise ValueError(f"{what} in peft (save_pretrained with path_initial_model_for_weight_conversion)")
-    variants = ("fan_in_fan_out", "lora_bias", "bias")
-    extra = [name for name in variants if config.get(name) not in (None, False, "none")]
+        way = "convert it in peft (save_pretrained with path_initial_model_for_weight_conversion)"
+        raise ValueError(f"{folder}: init_lora_weights={start!r} has changed its base's weights; {way}")
+    # Any setting that is not known to be harmless is refused, unless it is off.
+    others = config.keys() - set(READ.split()) - set(HARMLESS.split())
+    extra = [name for name in sorted(others) if config[name] not in (None, False, "none", [], {})]
     kinds = {peft_type: kind for kind, (peft_type, _) in FORMS.items()}
     kinds["LORA"] = DoRA if config.get("use_dora") else LoRA
     kind = kinds.get(config.get("peft_type"))
     if kind is None or extra:
-        what = f"{path}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}"
+        what = f"{folder}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}"
         raise ValueError(f"{what}; plain LoRA, DoRA and this project's own forms can be loaded")
-    return config, kind
+    return kind
 
 
-def lora_scale(config, name, rank):
+def lora_scale(config, name, rank, path):
     """s of a layer, from peft's alpha, its patterns and rsLoRA's root"""
-    patterns = config.get("alpha_pattern", {})
-    alphas = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)]
-    alpha = [*alphas, config.get("lora_alpha", rank)][0]
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise ValueError(f"{path}: alpha_pattern {pattern!r}: names of layers are read, not expressions")
+        if f".{name}".endswith(f".{pattern}"):
+            alpha = value
+    if rank == 0 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: {name} of rank {rank} with lora_alpha {alpha!r}; is it whole?")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

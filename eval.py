@@ -9,6 +9,7 @@ A command is a function below, and its parameters are its options. Answers are w
 stopped command goes on where it was. Nothing imports this file.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import glob
@@ -39,16 +40,18 @@ from train_nlg import (
     COLOURS,
     FREE,
     TEMPLATES,
-    Parser,
+    add_option,
     append,
     batches_by_length,
     check_numbers,
+    encode_prompt,
     encode_rows,
     extract_answer,
     field_notes,
     fill,
     last_name,
     measure,
+    parse_options,
     plot_curves,
     pyplot,
     read_lines,
@@ -130,8 +133,8 @@ class Subject:
     run: str = ""                     # run folder of a tuned model
     init: str = ""                    # an untuned model: name or folder
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"               # auto, float32, bfloat16
-    template: str = ""                # alpaca (default), plain, text with {instruction}; a run has its own
+    dtype: str = "auto"               # auto, float32, bfloat16, float16
+    template: str = ""                # a run has its own; else alpaca (default), plain, chat, or text
     max_new: int = 1024               # tokens an answer may take, above 0
     batch_size: int = 32              # sequences at a time, above 0
     temperature: float = 0.0          # 0: greedy
@@ -162,7 +165,7 @@ class Subject:
         context = self.net.config.max_len
         temperatures = temperatures or [self.temperature] * len(prompts)
         kinds = sorted(set(temperatures))
-        coded = [self.tok.bos + self.tok.encode(prompt) for prompt in prompts]
+        coded = [encode_prompt(self.tok, prompt) for prompt in prompts]
         print(f"{data}: {len(prompts)} prompts, at most {self.max_new} tokens, temperature {kinds}")
         head = dict(weights=self.net.weights_hash, adapter=adapter_hash(self.run), data=data)
         head |= dict(dtype=str(self.net.head.dtype), items=len(prompts), prompts=hash_of(prompts))
@@ -250,23 +253,17 @@ def same_mathematics(line):
     return same_form(line) or math_verify.verify(gold, got)
 
 
-def wilson(hits, n):
-    """95 % interval of a share p (Wilson 1927): (p + z²/2n ± z √(p (1-p)/n + z²/4n²)) / (1 + z²/n)."""
-    z = 1.959964
-    p = hits / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def print_share(what, right, path):
-    low, high = wilson(sum(right), len(right))
+    """A share with its 95 % interval (Wilson 1927)."""
+    from scipy import stats
+
+    low, high = stats.binomtest(sum(right), len(right)).proportion_ci(method="wilson")
     share = f"{100 * sum(right) / len(right):.2f} % ({sum(right)} of {len(right)})"
     print(f"{what} {share}, 95 % interval {100 * low:.2f} to {100 * high:.2f} -> {path}")
 
 
 def ask_for_answers(subject, benchmark, data, last, limit, out, gold_of, got_of):
-    """Greedy answers to the rows, each line with what was `got` and what is `gold` -> path, lines."""
+    """Answers to the rows, each line with what was read from it (`got`), and the `gold` -> path, lines."""
     rows = read_rows(data)[-last:][: limit or None]
     gold = [gold_of(response) for _, _, response in rows]
     if None in gold:
@@ -342,7 +339,12 @@ def mtbench(subject, data=MT_BENCH, last=0, limit=0, out=""):
     _, first = subject.answer(f"{file}-turn1", data, prompts, temperatures=temperatures)
     further = []
     for prompt, line, question in zip(prompts, first, asked.values()):
-        further.append(next_turn(subject.template, prompt + line["answer"], question["turns"][1]))
+        turns = [*question["turns"][:1], line["answer"].strip(), question["turns"][1]]
+        if subject.template == "chat":
+            roles = ("user", "assistant", "user")
+            further.append([dict(role=role, content=content) for role, content in zip(roles, turns)])
+        else:
+            further.append(next_turn(subject.template, prompt + line["answer"], turns[-1]))
     _, second = subject.answer(f"{file}-turn2", data, further, temperatures=temperatures)
     records = []
     for key, a, b in zip(asked, first, second):
@@ -393,16 +395,14 @@ def judge_requests(answered, asked, judge_prompts, judge_model):
 
 def ask_judge(judge_url, judge_model, system, text):
     """The judge's reply. The client itself tries again after rate limits and server errors."""
-    try:
-        import openai
-    except ImportError:
-        raise ValueError("the judge is asked through the openai client: pip install openai") from None
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5)
     messages = [dict(role="system", content=system), dict(role="user", content=text)]
     how = dict(model=judge_model, messages=messages, temperature=0, max_tokens=2048)
-    hint = f"check --judge_url, --judge_model={judge_model} and the key in OPENAI_API_KEY"
+    hint = f"check --judge_url, --judge_model={judge_model}, the key in OPENAI_API_KEY, pip install openai"
     with model.reading(judge_url, f"{hint}. The same command goes on where it was"):
+        import openai
+
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5)
         reply = client.chat.completions.create(**how).choices[0].message.content
         if not isinstance(reply, str):
             raise ValueError("a reply without text")
@@ -463,14 +463,16 @@ def extract_code(text):
     """The program in an answer: its first fenced python block, else its first fenced block, else all of it.
 
     It ends before the first unindented `if __name__`, `# Example usage` or `assert`: what follows is the
-    model's own trial, whose mistakes are not the function's (PiSSA's code_process.py).
+    model's own trial, whose mistakes are not the function's (PiSSA's code_process.py). A block may be
+    indented, as in a list; `from __future__`, which has to stand first, goes.
     """
     for fence in (r"(?:python|py)\w*[^\S\n]*", r"[^\n`]*"):
-        block = re.search(rf"(?is)```{fence}\n(.*?)(?:```|\Z)", text)
+        block = re.search(rf"(?ism)^([^\S\n]*)```{fence}\n(.*?)(?:^\1```|\Z)", text)
         if block:
-            text = block[1]
+            text = re.sub(rf"(?m)^{block[1]}", "", block[2])
             break
     code = re.split(r"(?m)^(?:if __name__\b|# Example usage|assert\b)", text)[0]
+    code = re.sub(r"(?m)^from __future__ .*\n?", "", code)
     return re.sub(r"\A\s*\n", "", code)
 
 
@@ -485,10 +487,7 @@ def completion(answer, function):
 
 
 def code_benchmark(subject, file, data, problems, execute):
-    """Answers -> FILE.jsonl, programs -> FILE-samples.jsonl; with --execute verdicts -> FILE-results.jsonl.
-
-    problems: dicts of id, ask (the instruction), head (code before the completion), function, tests.
-    """
+    """Answers to problems (dicts, see below) -> FILE.jsonl, -samples.jsonl; with --execute -results.jsonl."""
     reason = sandbox_fault() if execute else "the same command with --execute runs them in a sandbox"
     print(f"answers will be {'written down only: ' + reason if reason else 'executed'}")
     prompts = [fill(subject.template, problem["ask"]) for problem in problems]
@@ -554,7 +553,7 @@ ENVIRONMENT = dict(PATH="/usr/bin:/bin:/usr/sbin:/sbin", LANG="C.UTF-8", OMP_NUM
 
 
 def sandbox_command():
-    """The words in front of a command that put it into a sandbox.
+    """The command prefix, one part per tool, that runs a program in a sandbox.
 
     New network, pid, ipc, uts and mount namespaces: no network, no other process, an empty /tmp of 16 MB in
     memory; all processes end with the first. Root becomes nobody, since the kernel does not count root's
@@ -564,7 +563,9 @@ def sandbox_command():
     for prefix in (sys.prefix, sys.base_prefix):
         for folder in (prefix, os.path.realpath(prefix)):
             paths.append(folder)
-            if os.stat(folder).st_mode & 0o005 != 0o005:  # nobody may not enter it, but what is in it
+            if (
+                os.stat(folder).st_mode & 0o005 != 0o005
+            ):  # the user `nobody` cannot open it: mount its entries
                 paths[-1:] = [os.path.join(folder, name) for name in os.listdir(folder)]
     command = "bwrap --die-with-parent --unshare-net --unshare-pid --unshare-ipc --unshare-uts".split()
     inner = "setpriv --no-new-privs".split()
@@ -575,7 +576,7 @@ def sandbox_command():
     made = {"/", "/tmp"}
     for path in [path for path in dict.fromkeys(paths) if os.path.exists(path)] + list(DEVICES):
         for parent in reversed(pathlib.Path(path).parents):
-            if str(parent) not in made:  # a folder that can be passed, not listed
+            if str(parent) not in made:  # `nobody` may go through it, but not list it
                 command += ["--perms", "0311", "--dir", str(parent)]
                 made.add(str(parent))
         command += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
@@ -595,12 +596,12 @@ def driver(report, limits):
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + (name == "CPU")))
     read, write, leave = os.read, os.write, os._exit  # as they were before the program
-    token = os.dup(0)
+    token = os.dup(0)  # this end of the pipe, from which the token is read after the last test
     texts = json.loads(open(0, "rb", buffering=0).readline())  # no byte more: the token stays in the pipe
     os.open("/dev/null", os.O_RDONLY)  # becomes stdin, which was closed just now
     write(2, b"started")
     os.dup2(1, 2)
-    # A module of its own, not __main__: what stands under such a guard does not run.
+    # A module that is not __main__, so that code under such a guard does not run.
     solution = sys.modules["solution"] = types.ModuleType("solution")
     for text in texts:
         exec(compile(text.encode(errors="replace").decode(), "solution.py", "exec"), vars(solution))
@@ -676,12 +677,11 @@ def loss(subject, data="", last=0, limit=0):
 
 def sample(subject, prompt=""):
     """Write an answer to --prompt."""
-    text = fill(subject.template, prompt)
+    ids = encode_prompt(subject.tok, fill(subject.template, prompt))
     print(f"template {subject.template}, temperature {subject.temperature}, seed {subject.seed}\n")
-    ids = subject.tok.bos + subject.tok.encode(text)
     how = dict(temperature=subject.temperature, top_p=subject.top_p, seed=subject.seed)
     answers = subject.net.generate([ids], subject.max_new, **how)
-    print(text + subject.tok.decode(answers[0]))
+    print(subject.tok.decode(ids + answers[0]))
 
 
 def merge(run="", device="auto", dtype="auto", out=""):
@@ -802,7 +802,7 @@ def benchmark_scores(folder):
         ratings = [line["score"] for line in lines if line["score"] != -1]
         if "mtbench" in found:
             raise ValueError(f"{folder}: ratings of several judges; keep those of one there")
-        if len(lines) < turns or not ratings:
+        if len(lines) != turns or not ratings:
             print(f"{folder}: mtbench left out ({len(lines)} of {turns} turns are rated)")
         else:
             found["mtbench"] = statistics.mean(ratings), lines[0]["judge"][0]
@@ -826,7 +826,7 @@ def read_result(folder, by):
         scores["loss"] = last["loss"], ""
         if last.get("exact_match") is not None:
             scores["exact_match"] = 100 * last["exact_match"], ""
-    scores["drift"] = last["drift"], ""
+    scores["drift"] = last.get("drift"), ""
     scores["peak GiB"] = max(step["peak_GiB"] for step in log), ""
     scores["minutes"] = sum(step["seconds"] for step in log) / 60, ""
     known = settings["options"] | settings
@@ -855,7 +855,7 @@ def check_alike(frame):
         names = list(differ[differ].index[:3]) or ["the same seed"] * settings.seed.duplicated().any()
         if names:
             what = f"{' and '.join(rows.folder)} are all {label}, with {', '.join(names)}"
-            raise ValueError(f"table: {what} in one cell; give fewer runs, or --by={names[0]}")
+            raise ValueError(f"table: {what}; give fewer runs, or --by=SETTING where one differs")
 
 
 def long_table(runs, by):
@@ -993,7 +993,6 @@ COMMANDS = {
     "judge": judge, "loss": loss, "sample": sample, "merge": merge, "curves": curves, "features": features,
     "table": table,
 }
-POSITIVE = "max_new batch_size top_p"  # above 0; every other number: at least 0
 NOTES = {                             # of the options that are not of Subject
     "runs": "run folders",
     "data": "rows: a .json .jsonl .csv .parquet file or a hub data set name[:split]",
@@ -1025,18 +1024,19 @@ def main(argv):
     if name not in COMMANDS:
         raise ValueError(f"expected a command, not {name!r}: {balora.nearest(name, COMMANDS)}see --help")
     function = COMMANDS[name]
-    parser = Parser(prog=f"eval.py {name}", description=function.__doc__, allow_abbrev=False)
+    how = dict(description=function.__doc__, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(prog=f"eval.py {name}", **how)
     notes = NOTES | field_notes(Subject)
     parameters = inspect.signature(function).parameters
     fields = dataclasses.fields(Subject) if "subject" in parameters else ()
     own = {field.name: field.default for field in fields}
     options = own | {p.name: p.default for p in parameters.values() if p.default is not p.empty}
     for option, default in options.items():
-        parser.option(option, type(default), f"{notes[option]} (default: {default})")
+        add_option(parser, option, type(default), f"{notes[option]} (default: {default})")
     if "runs" in parameters:
         parser.add_argument("runs", nargs="*", help=notes["runs"])
-    given = vars(parser.parse_args(argv[1:]))
-    check_numbers(given, POSITIVE, "top_p")
+    given = parse_options(parser, argv[1:])
+    check_numbers(given, "max_new batch_size top_p", "top_p")
     before = given.pop("runs", [])
     if "runs" in parameters and not before:
         raise ValueError(f"{name} needs run folders: python eval.py {name} out/a out/b")

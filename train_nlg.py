@@ -30,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -51,7 +50,7 @@ import model
 @dataclass
 class Settings:
     """Instruction tuning (NLG). A preset of --init replaces defaults, the command line wins."""
-    init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, or a Hugging Face folder
+    init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, any hub id, or a folder
     method: str = "balora"            # balora, pissa, lora, full, ...: balora.METHODS lists them
     out_dir: str = ""                 # run folder; empty: out/INIT-METHOD-SEED
     resume: bool = False              # go on with the run in out_dir
@@ -64,14 +63,13 @@ class Settings:
     eval_rows: int = 256              # held out: the last N rows
     prompt_field: str = ""            # name of the instruction's field; empty: recognised
     response_field: str = ""          # name of the response's field; empty: recognised
-    template: str = "alpaca"          # alpaca, plain, or text with {instruction}
+    template: str = "alpaca"          # alpaca, plain, chat (the model's own), or text with {instruction}
     max_len: int = 512                # tokens of prompt + response; longer rows are dropped
     # adapter
     r: int = 16                       # rank, at least 1
     alpha: float = 16                 # the bracket counts alpha / r, above 0
     targets: str = ""                 # comma-separated layer names or patterns; empty: the seven projections
     calibration: int = 64             # lora-ga, corda, corda++: rows to measure on (CorDA's paper: 256)
-    calibration_data: str = ""        # corda, corda++: other rows to measure on; empty: training rows
     options: dict = field(default_factory=dict)  # the method's own options, such as --niter=0 with pissa
     # objective
     lambda1: float | None = None      # weight of L_CR, at least 0; None: 0.025 with balora, 0 without
@@ -87,14 +85,14 @@ class Settings:
     learning_rate: float = 2e-4       # peak, reached after warm-up, then cosine to 0
     warmup: float = 0.03              # share of the steps
     batch_size: int = 16              # sequences per optimizer step
-    micro_batch: int = 0              # sequences at a time; 0: batch_size
+    micro_batch: int = 0              # sequences at a time; 0: batch_size. L_SVDR sees one micro-batch
     epochs: float = 1.0               # passes over the data
     max_iters: int = 0                # optimizer steps; 0: what epochs gives
     weight_decay: float = 0.0         # AdamW's, decoupled
     grad_clip: float = 0.0            # largest gradient norm; 0: no clipping
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    dtype: str = "auto"               # of frozen weights, of computing: auto, float32, bfloat16, float16
     compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
     checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
     # evaluation and saving
@@ -126,8 +124,6 @@ def check(s):
     check_method(s, paper_lambdas=(0.025, 0.005, 0.005))
     if s.method in balora.ENCODERS_ONLY:
         raise ValueError(f"--method={s.method} needs an encoder with biases, which train_nlu.py tunes")
-    if s.calibration_data and balora.METHODS[s.method].statistic is not balora.covariances:
-        raise ValueError(f"--calibration_data: only corda and corda++ measure on it, not {s.method}")
     if not (s.data or s.dry_run or s.init == "tiny"):
         raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
@@ -139,25 +135,14 @@ def check(s):
 # The command line: a dataclass is the settings block, the comment behind a field is its help text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ValueErrors, which `run_main` prints in one line."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: --([^ =]*)", message)
-        if unknown:
-            names = [option.lstrip("-") for option in self._option_string_actions]
-            hint = balora.nearest(unknown[1], names)
-            message = f"unknown option --{unknown[1]}: {hint}--help lists them all"
-        raise ValueError(message)
-
-    def option(self, name, kind, note):
-        """--name=value or --name value; of a bool also --name and --no-name. Absent where it is not given."""
-        more = dict(type=kind, metavar=kind.__name__)
-        if kind is bool:
-            more = dict(nargs="?", const=True, type=truth, metavar="true|false")
-            hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-            self.add_argument(f"--no-{name}", dest=name, action="store_false", **hidden)
-        self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note.replace("%", "%%"), **more)
+def add_option(parser, name, kind, note):
+    """--name=value or --name value; of a bool also --name and --no-name. Absent where it is not given."""
+    more = dict(type=kind, metavar=kind.__name__)
+    if kind is bool:
+        more = dict(nargs="?", const=True, type=truth, metavar="true|false")
+        hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", **hidden)
+    parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note.replace("%", "%%"), **more)
 
 
 def truth(text):
@@ -166,23 +151,36 @@ def truth(text):
     return text.lower() in ("true", "1", "yes")
 
 
+def parse_options(parser, argv):
+    """-> {option: value} of those given. Raises ValueError, which `run_main` prints in one line."""
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise ValueError(e) from None
+    if unknown:
+        names = [option.lstrip("-") for option in parser._option_string_actions]
+        hint = balora.nearest(unknown[0].lstrip("-").split("=")[0], names)
+        raise ValueError(f"unknown option {unknown[0]}: {hint}--help lists them all")
+    return vars(given)
+
+
 def parse(cls, argv, presets, by):
     """Command line -> an instance of the settings dataclass `cls`.
 
-    presets[value of a field named in `by`] replaces defaults, the command line wins. Of --init=some/folder
-    the last name chooses. The methods' own options are options, too: those given are in `settings.options`.
+    For each field in `by`, in this order: presets[last name of its value] replaces defaults. The command line
+    wins. The methods' own options are options, too: those given are in `settings.options`.
     """
-    parser = Parser(description=cls.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, exit_on_error=False)
     notes = field_notes(cls)
     for f in dataclasses.fields(cls):
         if f.name != "options":
             kind = float if f.default is None else type(f.default)
-            parser.option(f.name, kind, f"{notes[f.name]} (default: {f.default})")
+            add_option(parser, f.name, kind, f"{notes[f.name]} (default: {f.default})")
     own = {name: default for spec in balora.METHODS.values() for name, default in spec.options.items()}
     for name, default in own.items():
         methods = [method for method, spec in balora.METHODS.items() if name in spec.options]
-        parser.option(name, type(default), f"of {', '.join(methods)} (default: {default})")
-    given = vars(parser.parse_args(argv))
+        add_option(parser, name, type(default), f"of {', '.join(methods)} (default: {default})")
+    given = parse_options(parser, argv)
     options = {name: given.pop(name) for name in own if name in given}
     preset = {}
     for name in by:
@@ -216,20 +214,18 @@ def check_method(s, paper_lambdas):
     s.options = balora.method_options(s.method, s.options)
     for name, value in zip(("lambda1", "lambda2", "lambda3"), paper_lambdas):
         if getattr(s, name) is None:
-            setattr(s, name, value if balora.METHODS[s.method].regularized else 0.0)
+            setattr(s, name, value * balora.METHODS[s.method].regularized)
     for f in dataclasses.fields(s):
         if f.name.startswith("pretrain") and s.init != "tiny" and getattr(s, f.name) != f.default:
             raise ValueError(f"--{f.name} with --init={s.init}: only tiny is pre-trained here; leave it out")
 
 
 def run_main(main):
-    """Run main(argv). What a user caused is one line and exit code 2; a bug of ours keeps its traceback."""
+    """Run main(argv). What a user caused is one line and exit code 2; `python -X dev` shows where."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as e:
-        origin = traceback.extract_tb(e.__traceback__)[-1].filename
-        ours = os.path.dirname(os.path.abspath(origin)) == os.path.dirname(os.path.abspath(__file__))
-        if isinstance(e, ValueError) and not ours:
+        if sys.flags.dev_mode:
             raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -241,8 +237,8 @@ def run_main(main):
 # -----------------------------------------------------------------------------
 # A run's folder: config.json, log.jsonl, eval.json, checkpoint.pt, adapter/, loss.png
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 FREE = ("resume", "overwrite", "out_dir", "dry_run")  # settings that do not make another run
-RUN_FILES = ("eval.json", "checkpoint.pt", "features.npz", "loss.png")  # beside .jsonl, adapter/, model/
 
 
 class Run:
@@ -254,6 +250,7 @@ class Run:
         self.out = s.out_dir
         self.record = None  # config.json, of a run that is there already
         self.evaluations = []  # eval.json
+        self.skipped = 0  # steps in a row that float16 could not take
         if not os.path.exists(self.path("config.json")):
             return
         self.record = read_run(self.out)
@@ -261,7 +258,7 @@ class Run:
         new = dataclasses.asdict(s)
         changed = [name for name in new if name not in FREE and old.get(name) != new[name]]
         words = "; ".join(f"{name} ({old.get(name)} there, {new[name]} here)" for name in changed[:3])
-        if changed and not s.overwrite:
+        if changed and (s.resume or not s.overwrite):
             ways = "choose another --out_dir, or --overwrite"
             raise ValueError(f"{self.out} holds another run: {words}; {ways}")
         if not (s.resume or s.overwrite):
@@ -283,23 +280,36 @@ class Run:
         print(f"--resume: {self.out} goes on after step {start['step']}")
         return start
 
-    def begin(self, net, optimizer, start, base, device, **more):
-        """Write config.json; restore the optimizer and random states of `start`. -> the step to go on with"""
+    def begin(self, net, start, base, device, **more):
+        """Write config.json and make AdamW, or restore what `start` holds. -> the step to go on with"""
         step = 0
+        s = self.s
+        named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        groups = balora.param_groups(named, s.method, s.options.get("lora_plus_ratio", 1.0), s.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.startswith("cuda"))
+        computes = net.autocast or net.embed.weight.dtype
+        self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=computes == torch.float16)
         if start:
             step = start["step"]
-            optimizer.load_state_dict(start["optimizer"])
+            self.optimizer.load_state_dict(start["optimizer"])
+            self.scaler.load_state_dict(start["scaler"])
             torch.set_rng_state(start["rng"])
             if start["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(start["cuda_rng"])
         else:
-            self.clear()
+            for name in os.listdir(self.out) if self.record else ():  # what an earlier run left here
+                if name.endswith((".jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png")):
+                    os.remove(self.path(name))
+                elif name in ("adapter", "model"):
+                    shutil.rmtree(self.path(name))
             base = os.path.abspath(base) if os.path.exists(base) else base
-            self.record = dict(settings=dataclasses.asdict(self.s), source=net.source, base=base)
+            self.record = dict(settings=dataclasses.asdict(s), source=net.source, base=base)
             self.record |= dict(weights_hash=net.weights_hash, device=model.device_name(device))
-            self.record |= dict(torch=torch.__version__, commit=git_commit(), **more)
+            command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+            git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+            self.record |= dict(torch=torch.__version__, commit=git and git.stdout.strip(), **more)
         os.makedirs(self.out, exist_ok=True)
-        write_json(self.path("config.json"), self.record)
+        write_text(self.path("config.json"), json.dumps(self.record, indent=1, ensure_ascii=False))
         # Drop records after `step` and an incomplete last line.
         kept = [record for record in read_lines(self.path("log.jsonl")) if record["step"] <= step]
         write_text(self.path("log.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
@@ -307,26 +317,20 @@ class Run:
             self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
         return step
 
-    def clear(self):
-        """Delete what an earlier run left here, its benchmarks' answers too."""
-        for name in os.listdir(self.out) if self.record else ():
-            if name in ("adapter", "model"):
-                shutil.rmtree(self.path(name))
-            elif name in RUN_FILES or name.endswith(".jsonl"):
-                os.remove(self.path(name))
-
     def add_evaluation(self, record):
         """Print it, and put it into eval.json."""
         self.evaluations.append(record)
-        write_json(self.path("eval.json"), self.evaluations)
+        write_text(self.path("eval.json"), json.dumps(self.evaluations, indent=1))
         shown = [f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float)]
         print(f"eval at step {record['step']} | " + " | ".join(shown), flush=True)
 
-    def save(self, step, net, optimizer, **more):
-        """Write checkpoint.pt: all that a run needs to go on from `step`."""
+    def save(self, step, net, **more):
+        """Write checkpoint.pt: all that a run needs to go on from `step`, but for the frozen weights."""
+        frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+        trained = {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
         cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        state = dict(step=step, net=trained_state(net), optimizer=optimizer.state_dict(), **more)
-        state |= dict(rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        state = dict(step=step, net=trained, optimizer=self.optimizer.state_dict(), **more)
+        state |= dict(scaler=self.scaler.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
         balora.write_atomic(self.path("checkpoint.pt"), functools.partial(torch.save, state))
 
     def check_finite(self, step, lr, *values):
@@ -337,25 +341,8 @@ class Run:
             raise ValueError(f"step {step}: {reason}{kept}")
 
 
-def trained_state(net):
-    """-> {name: tensor}: what training changes, and the buffers (A0, B0), which are never computed twice."""
-    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
-    return {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
-
-
-def git_commit():
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def write_text(path, text):
     balora.write_atomic(path, operator.methodcaller("write", text.encode()))
-
-
-def write_json(path, record):
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def read_run(folder):
@@ -389,35 +376,47 @@ def read_lines(path):
 
 
 def attach(s, net, state=None, examples=(), loss_of=None):
-    """balora.attach by the settings. state: of a checkpoint to go on from.
-
-    examples, loss_of(net, example) -> loss: what lora-ga, corda and corda++ measure on, a row at a time.
-    """
+    """balora.attach by the settings. Some methods measure first: loss_of(net, example) of some examples."""
 
     def calibrate(i):
         part = chosen[i * s.calibration : (i + 1) * s.calibration]
         for example in tqdm(part, desc="calibrate", unit="row", leave=False, disable=None):
             loss = loss_of(net, example)
-            if loss.requires_grad:
-                loss.backward()
+            if loss.requires_grad:  # the gradient's scale does not matter; float16 would lose small numbers
+                (1024 * loss).backward()
 
     if balora.METHODS[s.method].statistic and examples and not state:
         count = s.calibration * s.options.get("rounds", 1)
         if count > len(examples):
             raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
         chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
-    targets = s.targets.split(",") if s.targets else None
+    targets = s.targets and s.targets.split(",")
     report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, **s.options)
-    if not s.dry_run:
-        print(report)
+    print(report)
     return report
 
 
-def adamw(s, net, device):
-    """AdamW over what trains; the loop sets each group's rate."""
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    groups = balora.param_groups(named, s.method, s.options.get("lora_plus_ratio", 1.0), s.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, fused=device.startswith("cuda"))
+def update(s, run, net, terms, step, max_iters, lr, budget):
+    """Clip the gradient, take AdamW's step and, with adalora, prune. -> gradient's norm, None: skipped"""
+    if budget:
+        orthogonality = balora.orthogonality(net)
+        run.scaler.scale(s.options["orthogonality"] * orthogonality).backward()
+        terms["orth"] = orthogonality.item()
+    run.scaler.unscale_(run.optimizer)
+    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
+    overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this step out
+    run.skipped = (run.skipped + 1) * overflow
+    if not overflow or run.skipped > 20:
+        run.check_finite(step, lr, terms["task"], norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["ratio"]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if budget and not overflow:
+        terms |= balora.allocate(net, step, max_iters, s.r, budget)
+    run.optimizer.zero_grad(set_to_none=True)
+    return None if overflow else norm
 
 
 def accumulate(terms, values, share):
@@ -439,7 +438,7 @@ def progress_line(record, max_iters):
     words = [f"step {record['step']:>5}/{max_iters}"]
     for name, value in record.items():
         if value is not None and name not in ("step", "seconds"):
-            words.append(f"{name} {value:,.0f}" if value > 1000 else f"{name} {value:.4g}")
+            words.append(f"{name} {value:.5g}")
     minutes = (max_iters - record["step"]) * record["seconds"] / 60
     return " | ".join([*words, f"ETA {minutes:.0f} min"])
 
@@ -458,33 +457,25 @@ def finish(s, run, net):
             print(f"{name:<20}{before[name]:>10.4f}{after:>10.4f}")
 
 
-def print_estimate(s, net, report, ids, extra=None):
+def print_estimate(s, net, report, ids, extra):
     """--dry_run: what attach matched, and the memory of a step. net, ids [B, L] are on the meta device."""
-    if net.n_classes:
-        activations = model.kept_bytes(net.classify, ids, torch.ones_like(ids, dtype=torch.bool))
-    else:
-        activations = model.kept_bytes(net.hidden, ids)
-    width = net.embed.weight.element_size()
+    forward = net.classify if net.n_classes else net.hidden
+    activations = model.kept_bytes(forward, ids, torch.ones_like(ids, dtype=torch.bool))
     if s.checkpointing:  # one block in full, and the input of each
-        inputs = net.config.n_layers * ids.numel() * net.config.d * width
+        inputs = net.config.n_layers * ids.numel() * net.config.d * net.embed.weight.element_size()
         activations = activations / net.config.n_layers + inputs
-    tensors = [*net.parameters(), *net.buffers()]
-    copies = 2 * report.total if s.method == "full" and width == 2 else 0
+    frozen = [tensor for tensor in [*net.parameters(), *net.buffers()] if not tensor.requires_grad]
     parts = {
-        "frozen weights": sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad),
+        "frozen weights": sum(tensor.nbytes for tensor in frozen),
         "what trains, its gradients, AdamW's moments (fp32)": 16 * report.trainable,
-        "16-bit copies of fp32 weights (autocast)": copies,
+        "16-bit copies of what trains": 2 * report.trainable * (net.embed.weight.element_size() == 2),
         f"activations, {ids.shape[0]} x {ids.shape[1]} tokens": activations,
-        **(extra or {}),
+        **extra,
     }
     parts["together"] = sum(parts.values())
-    print(f"{report}\ntokens per step: at most {s.batch_size} x {s.max_len} = {s.batch_size * s.max_len:,}")
-    print("memory, estimated (GiB)")
+    print(f"tokens per step: at most {s.batch_size} x {s.max_len}. Memory, estimated (GiB):")
     for name, size in parts.items():
-        if size:
-            print(f"  {name:<54}{size / 2**30:8.2f}")
-    if balora.METHODS[s.method].statistic:
-        print(f"before training, what the method measures: up to {balora.GROUP / 2**30:.0f} GiB at a time")
+        print(f"  {name:<54}{size / 2**30:8.2f}")
 
 
 # Okabe & Ito: colours that colour-blind readers can tell apart.
@@ -495,8 +486,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
-    look = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-    matplotlib.rcParams.update(look | {"legend.frameon": False})
+    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
     import matplotlib.pyplot
 
     return matplotlib.pyplot
@@ -509,10 +499,7 @@ def save_figure(fig, path):
 
 
 def plot_curves(runs, path):
-    """Training loss and gradient norm, one line per run (the poster's "Optimization Dynamics").
-
-    The thick line is the moving average over a twentieth of the steps.
-    """
+    """Training loss and gradient norm of each run (the poster's "Optimization Dynamics"), thick: averages."""
     fig, axes = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run, colour in zip(runs, COLOURS * len(runs)):
         log = read_lines(os.path.join(run, "log.jsonl"))
@@ -521,7 +508,7 @@ def plot_curves(runs, path):
         steps = [record["step"] for record in log]
         window = math.ceil(len(log) / 20)
         for ax, name in zip(axes, ("task", "grad_norm")):
-            values = [record[name] for record in log]
+            values = np.array([record[name] for record in log], dtype=float)  # null becomes a gap
             average = np.convolve(values, np.ones(window) / window, mode="valid")
             ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
             ax.plot(steps[window - 1 :], average, color=colour, lw=1.6, label=last_name(run))
@@ -545,33 +532,62 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 PROMPT_FIELDS = ("instruction", "query", "question", "human", "prompt", "problem")
 RESPONSE_FIELDS = ("output", "response", "solution", "answer", "assistant", "completion")
+CHAT_FIELDS = ("messages", "conversations")
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 # fmt: on
 
 
 def read_rows(data, prompt_field="", response_field="", limit=0):
-    """A file or hub data set -> list of (instruction, input, response), by the names above or those given."""
+    """A file or hub data set -> list of (instruction, or messages before the last answer; input; response)"""
     records = read_records(data)[: limit or None]
     names = list(dict.fromkeys(name for record in records for name in record))
-    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), "?")
-    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), "?")
+    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), "")
+    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), "")
+    given = "input" if question == "instruction" else ""
+    chat = next((name for name in CHAT_FIELDS if name in names and not (question or answer)), "")
     for option, name in (("prompt_field", question), ("response_field", answer)):
-        if name not in names:
-            raise ValueError(f"{data}: no field for --{option}={name}; its fields are {', '.join(names)}")
+        if name not in names and not chat:
+            known = ", ".join(map(str, names))
+            raise ValueError(f"{data}: --{option}={name} is not there; give one of its fields: {known}")
+    unread = [str(name) for name in names if name not in (question, answer, given, chat)]
+    if unread:
+        print(f"{data}: read {chat or f'{question}, {answer}'}; not read: {', '.join(unread)}")
     rows = []
-    for record in records:
-        record = {name: str(value) for name, value in record.items() if value is not None}
-        given = record.get("input", "") if question == "instruction" else ""
-        rows.append((record.get(question, ""), given, clean_answer(record.get(answer, ""))))
+    for number, record in enumerate(records, 1):
+        with model.reading(data, f"row {number}: expected text, numbers or null in what is read"):
+            if chat:
+                rows.append(last_turn(record[chat]))
+            else:
+                values = [text_of(record, name) for name in (question, given, answer)]
+                rows.append((*values[:2], clean_answer(values[2])))
     return rows
 
 
-def read_records(data, option="--data"):
-    """A .json, .jsonl (also .gz), .csv or .parquet file, or a hub data set name[:split] -> list of dicts.
+def text_of(record, name):
+    """A field as text: "" for null or a missing field."""
+    value = record.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name} holds {str(value)[:80]!r}")
+    return str(value)
 
-    Whatever makes a reader trip is a ValueError that names the file, and of a .jsonl file the line.
-    """
-    kind = os.path.splitext(data.removesuffix(".gz"))[1]
+
+def last_turn(messages):
+    """OpenAI's role and content, or ShareGPT's from and value -> (messages before the last answer, "", it)"""
+    turns = []
+    for message in messages:
+        role = message["role"] if "role" in message else message["from"]
+        content = text_of(message, "content") or text_of(message, "value")
+        turns.append(dict(role={"human": "user", "gpt": "assistant"}.get(role, role), content=content))
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    return turns[:-1], "", turns[-1]["content"] if turns else ""
+
+
+def read_records(data, option="--data"):
+    """A .json, .jsonl (also .gz), .csv or .parquet file, or a hub data set name[:split] -> list of dicts."""
+    kind = os.path.splitext(data.removesuffix(".gz"))[1].lower()
     if kind not in KINDS and not os.path.exists(data):
         return read_hub(data, option)
     if kind not in KINDS or not os.path.isfile(data):
@@ -588,22 +604,25 @@ def read_records(data, option="--data"):
 
 
 def parse_records(f, kind):
+    """Text stays as it is in the file: no type is guessed in a .csv, and 1.10 of a .json is "1.10"."""
     if kind == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(f).to_pylist()
-    if kind == ".json":
-        return json.load(f)
     if kind == ".csv":
-        return list(csv.DictReader(io.TextIOWrapper(f, encoding="utf-8-sig", newline="")))
+        rows = list(csv.DictReader(io.TextIOWrapper(f, encoding="utf-8-sig", newline=""), strict=True))
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():  # csv's mark of a cell too many, or too few
+                raise ValueError(f"row {number} has another number of cells than the first line")
+        return rows
     records = []
-    for number, line in enumerate(f, 1):
+    for number, line in enumerate([f.read()] if kind == ".json" else f, 1):
         try:
             if line.strip():
-                records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as e:
+                records.append(json.loads(line, parse_float=str, parse_constant=str))
+        except ValueError as e:
             raise ValueError(f"line {number}: {e}") from None
-    return records
+    return records[0] if kind == ".json" else records
 
 
 def read_hub(data, option):
@@ -611,13 +630,12 @@ def read_hub(data, option):
     import datasets
 
     name, _, split = data.partition(":")
-    try:
+    with model.reading(
+        f"{option}={data}: no file, but of the hub", "give a file that was downloaded elsewhere"
+    ):
         names = datasets.get_dataset_config_names(name)
         config = next((config for config in ("main", "full") if config in names), None)
         return datasets.load_dataset(name, config, split=split or "train").to_list()
-    except Exception as e:  # hub, network and name errors alike
-        reason = f"no file here, and the hub did not give it ({model.why(e)})"
-        raise ValueError(f"{option}={data}: {reason}; download it elsewhere and give the file") from None
 
 
 def clean_answer(text):
@@ -630,32 +648,43 @@ def clean_answer(text):
 
 
 def fill(template, instruction, given=""):
-    """The prompt of a row. template: a name in TEMPLATES, or text with {instruction}."""
+    """The prompt of a row: text by a template of TEMPLATES or one with {instruction}; of "chat", messages."""
     text = TEMPLATES.get(template, template)
-    if "{instruction}" not in text:
+    if template != "chat" and "{instruction}" not in text:
         known = ", ".join(TEMPLATES)
-        raise ValueError(f"--template={template}: expected {known} or text with {{instruction}}")
+        raise ValueError(f"--template={template}: expected {known}, chat or text with {{instruction}}")
     if given and template == "alpaca":
-        return ALPACA_INPUT.replace("{instruction}", instruction).replace("{input}", given)
-    if given:
+        text = ALPACA_INPUT.replace("{input}", given)
+    elif given:
         instruction = f"{instruction}\n{given}"
+    if template == "chat":
+        return instruction if isinstance(instruction, list) else [dict(role="user", content=instruction)]
+    if isinstance(instruction, list):
+        if [message["role"] for message in instruction] != ["user"]:
+            raise ValueError("conversations of several turns need --template=chat, the model's own template")
+        instruction = instruction[0]["content"]
     return text.replace("{instruction}", instruction)
 
 
-def encode_rows(rows, tok, template, max_len):
-    """-> list of (prompt ids, response ids with EOS), a line on what was dropped.
+def encode_prompt(tok, prompt):
+    """Ids of what `fill` made."""
+    return tok.chat(prompt) if isinstance(prompt, list) else tok.bos + tok.encode(prompt)
 
-    Prompt and response are tokenised apart and joined, so the boundary is exact. Raises ValueError where
-    nothing is left.
-    """
+
+def encode_rows(rows, tok, template, max_len):
+    """-> list of (prompt ids, response ids with EOS), tokenised apart; a line on what was dropped."""
     examples = []
     dropped = Counter()
     for instruction, given, response in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
-        prompt = tok.bos + tok.encode(fill(template, instruction, given))
-        answer = tok.encode(response) + [tok.eos]
-        if not response.strip():
-            dropped["no response"] += 1
-        elif len(prompt) + len(answer) > max_len:
+        if not instruction or not response.strip():
+            dropped["no prompt" if not instruction else "no response"] += 1
+            continue
+        prompt = fill(template, instruction, given)
+        if template == "chat":
+            prompt, answer = tok.chat_example(prompt, response)
+        else:
+            prompt, answer = encode_prompt(tok, prompt), [*tok.encode(response), tok.eos]
+        if len(prompt) + len(answer) > max_len:
             dropped[f"longer than {max_len} tokens"] += 1
         else:
             examples.append((prompt, answer))
@@ -669,8 +698,7 @@ def encode_rows(rows, tok, template, max_len):
 def collate(examples, device):
     """-> ids [B, L] padded on the right, valid [B, L], y [M].
 
-    Position t is valid, and y its target, where token t + 1 belongs to the response. Masks come from lengths,
-    never from ids, so a pad id that is also the EOS hides nothing.
+    Position t is valid, and y its target, where token t + 1 is of the response; padding is told by lengths.
     """
     rows = [torch.tensor(prompt + answer) for prompt, answer in examples]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -682,10 +710,7 @@ def collate(examples, device):
 
 
 def batch_order(lengths, batch_size, rng):
-    """The batches of one epoch, each a list of indices: rows of similar length, in random order.
-
-    Shuffle the rows, sort within windows of 50 batches, cut into batches, shuffle the batches.
-    """
+    """An epoch's batches, lists of indices: shuffle, sort within windows of 50 batches, cut, shuffle."""
     order = rng.sample(range(len(lengths)), len(lengths))
     window = 50 * batch_size
     batches = []
@@ -703,10 +728,8 @@ def batches_by_length(lengths, size):
 
 
 def extract_answer(text):
-    """The number after the last "The answer is: ", rounded to int, or None (rule of PiSSA, CorDA, BA-LoRA).
-
-    At most one of . , / joins two runs of digits: "1,234,567" reads 1234, "2 1/2" reads 2, as in their code.
-    """
+    """The number after the last "The answer is: ", rounded to int, or None (as in PiSSA's code)."""
+    # At most one of . , / joins two runs of digits: "1,234,567" reads 1234, "2 1/2" reads 2, as there.
     _, mark, tail = text.rpartition("The answer is: ")
     found = re.search(r"[-+]?\d*[.,/]?\d+", tail) if mark else None
     try:
@@ -724,8 +747,7 @@ def measure(net, examples, batch_size, K, k, teacher=None):
     """The poster's three concerns on held-out rows -> dict:
 
     loss: nats per response token. drift: mean KL(P_P ‖ P_F), T = 1, nats per token; None without a teacher.
-    diversity: mean entropy within the top K, nats.
-    spectrum: mean over batches of Σ_{i≤k} σ_i / Σ_j σ_j of the logits.
+    diversity: mean entropy within the top K, nats. spectrum: mean over batches of Σ_{i≤k} σ_i / Σ_j σ_j of Z.
     """
     E_P = net.head if teacher is None else teacher.head
     R = balora.head_factor(net.head)
@@ -752,21 +774,13 @@ def measure(net, examples, batch_size, K, k, teacher=None):
     return record | dict(spectrum=statistics.mean(spectra))
 
 
-def distinct(sequences, n):
-    """distinct-n: different n-grams / n-grams over all sequences (Li et al. 2016). 0 where there is none."""
-    grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def score_answers(net, tok, asked, max_new):
-    """Greedy answers to held-out examples -> distinct_1, distinct_2, exact_match (None: no gold numbers)."""
+def exact_match(net, tok, asked, max_new):
+    """Greedy answers to held-out examples -> share with the right number; None where no row has one."""
     answers = net.generate([prompt for prompt, _ in asked], max_new)
     got = [extract_answer(tok.decode(ids)) for ids in answers]
     gold = [extract_answer(tok.decode(answer[:-1])) for _, answer in asked]
     hits = sum(a is not None and a == b for a, b in zip(got, gold))
-    record = {f"distinct_{n}": distinct(answers, n) for n in (1, 2)}
-    record["exact_match"] = None if set(gold) == {None} else hits / len(asked)
-    return record
+    return None if set(gold) == {None} else hits / len(asked)
 
 
 # -----------------------------------------------------------------------------
@@ -830,29 +844,32 @@ def pretrain_tiny(s, device):
 # The run
 
 
-def load_examples(s, tok):
-    """-> training examples, held-out examples: (prompt ids, response ids)."""
+def load_rows(s):
+    """-> training rows, held-out rows."""
     if s.data:
         rows = read_rows(s.data, s.prompt_field, s.response_field, s.max_rows)
     else:
-        rows = tiny_rows(s.seed, s.eval_rows)
+        rows = tiny_rows(s.seed, s.eval_rows)[-s.max_rows :]
     if len(rows) <= s.eval_rows:
         raise ValueError(f"{s.data}: {len(rows)} rows, and --eval_rows={s.eval_rows} holds out all of them")
-    train, line = encode_rows(rows[: -s.eval_rows], tok, s.template, s.max_len)
-    held_out, held_line = encode_rows(rows[-s.eval_rows :], tok, s.template, s.max_len)
+    return rows[: -s.eval_rows], rows[-s.eval_rows :]
+
+
+def encode_examples(s, net, tok, rows, held_out):
+    """-> training examples, held-out examples: (prompt ids, response ids)."""
+    train, line = encode_rows(rows, tok, s.template, s.max_len)
+    held_out, held_line = encode_rows(held_out, tok, s.template, s.max_len)
     print(f"training: {line}\nheld out: {held_line}")
+    longest = max(len(prompt) + len(answer) for prompt, answer in [*train, *held_out])
+    if max(longest, s.max_new + 1) > net.config.max_len:
+        sizes = f"rows of {longest} tokens and --max_new={s.max_new}"
+        raise ValueError(
+            f"{sizes}, and the model's context is {net.config.max_len}; lower --max_len, --max_new"
+        )
     prompt, answer = train[0]
     labelled = f"⟦{tok.decode(answer[:-1])} EOS⟧"
     print(f"first example, the labelled part between ⟦ ⟧:\n{tok.decode(prompt)}{labelled}\n")
     return train, held_out
-
-
-def measured_rows(s, tok, train):
-    """The rows that corda, corda++ and lora-ga measure on."""
-    if s.calibration_data:
-        train, line = encode_rows(read_rows(s.calibration_data), tok, s.template, s.max_len)
-        print(f"calibration: {line}")
-    return train
 
 
 def row_loss(net, example):
@@ -884,6 +901,7 @@ def main(argv):
     if s.dry_run:
         return dry_run(s)
     run = Run(s)
+    rows = load_rows(s)
     device = model.pick_device(s.device)
     dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
@@ -891,24 +909,22 @@ def main(argv):
     net, tok = model.load(base, torch.float32 if full else dtype, device)
     if net.config.family != "llama":
         raise ValueError(f"--init={s.init} is a {net.config.family} model; train_nlu.py tunes those")
-    train, held_out = load_examples(s, tok)
+    train, held_out = encode_examples(s, net, tok, *rows)
     lengths = [len(prompt) + len(answer) for prompt, answer in train]
     batches_per_epoch = math.ceil(len(train) / s.batch_size)
     max_iters = s.max_iters or max(1, round(s.epochs * batches_per_epoch))
-    cuts = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
+    budget = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
 
     # The network, its teacher, the optimizer.
     start = run.checkpoint(net)
     state = start["net"] if start else None
     teacher = net
     if full:  # every weight moves, so the teacher has to be a copy
-        teacher = copy.deepcopy(net).requires_grad_(False) if s.lambda1 else None
         net.autocast = dtype if dtype != torch.float32 else None
-    report = attach(s, net, state, train if start else measured_rows(s, tok, train), row_loss)
-    optimizer = adamw(s, net, device)
-    step = run.begin(net, optimizer, start, base, device, trainable=report.trainable, notes=report.notes)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    R = None if full else balora.head_factor(net.head)
+        teacher = copy.deepcopy(net).requires_grad_(False) if s.lambda1 else None
+    report = attach(s, net, state, train, row_loss)
+    step = run.begin(net, start, base, device, trainable=report.trainable, notes=report.notes)
+    R = None if full else balora.head_factor(net.head)  # [d, d]: H Rᵀ has the singular values of Z
     net.checkpointing = s.checkpointing
     if s.compile:
         net.compile_blocks()
@@ -919,7 +935,7 @@ def main(argv):
     def evaluate():
         record = dict(step=step, **measure(net, held_out, s.micro_batch, s.K, s.k, teacher))
         if s.eval_generate:
-            record |= score_answers(net, tok, held_out[: s.eval_generate], s.max_new)
+            record["exact_match"] = exact_match(net, tok, held_out[: s.eval_generate], s.max_new)
         run.add_evaluation(record)
 
     if step == 0:
@@ -943,34 +959,22 @@ def main(argv):
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
         for first in range(0, len(rows), s.micro_batch):
             part = [train[i] for i in rows[first : first + s.micro_batch]]
-            ids, valid, y = collate(part, device)
+            ids, valid, y = collate(part, device)  # [B, L], [B, L], [m]
             H_P = E_P = None
             if taught:
                 with balora.teacher(teacher):
                     H_P = teacher.hidden(ids)[valid]  # [m, d], m of the step's M positions
-                    E_P = teacher.head
+                    E_P = teacher.head  # [V, d]: Z_P = H_P E_Pᵀ
             H_F = net.hidden(ids)[valid]  # [m, d]
             run.check_finite(step, lr, H_F.detach())
             total, values = balora.loss_nlg(
                 H_F, y, net.head, H_P, R, E_P, lambdas, s.T, s.K, s.k, label_smoothing=s.label_smoothing
             )
             share = len(y) / M
-            (share * total).backward()
+            run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
-        # Update.
-        if cuts:
-            orthogonality = balora.orthogonality(net)
-            (s.options["orthogonality"] * orthogonality).backward()
-            terms["orth"] = orthogonality.item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
-        run.check_finite(step, lr, terms["task"], norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
-        optimizer.step()
-        if cuts:
-            terms |= balora.allocate(net, step, max_iters, s.r, cuts)
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(s, run, net, terms, step, max_iters, lr, budget)
         step += 1
 
         # Record.
@@ -982,18 +986,14 @@ def main(argv):
             print(progress_line(record, max_iters), flush=True)
         if step % s.eval_interval == 0 or step == max_iters:
             evaluate()
-            run.save(step, net, optimizer)
+            run.save(step, net)
         clock = time.time()
     finish(s, run, net)
-    show_answers(net, tok, held_out[:3], s.max_new)
-    print(f"\nloss figure: {run.path('loss.png')}")
-
-
-def show_answers(net, tok, examples, max_new):
-    answers = net.generate([prompt for prompt, _ in examples], max_new)
-    for (prompt, reference), ids in zip(examples, answers):
-        print(f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(ids).strip()}")
+    for prompt, reference in held_out[:3]:
+        answer = net.generate([prompt], s.max_new)[0]
+        print(f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(answer).strip()}")
         print(f"  reference: {tok.decode(reference[:-1]).strip()}")
+    print(f"\nloss figure: {run.path('loss.png')}")
 
 
 if __name__ == "__main__":

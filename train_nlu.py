@@ -28,7 +28,6 @@ import model
 from train_nlg import (
     Run,
     accumulate,
-    adamw,
     append,
     attach,
     batch_order,
@@ -43,6 +42,7 @@ from train_nlg import (
     read_records,
     run_main,
     step_record,
+    update,
 )
 
 # -----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Settings:
     probe: bool = False               # fit the new head first: the teacher's logits then mean something
     label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
     # optimization
-    learning_rate: float | None = None  # peak; None: the task's, a twentieth of it for full
+    learning_rate: float | None = None  # peak; None: the task's; half for bert, roberta, t5; 1/20 for full
     warmup: float = 0.06              # steps, or below 1 a share of them; then linear to 0
     batch_size: int = 32              # rows per optimizer step
     micro_batch: int = 0              # rows at a time; 0: batch_size. L_DR and L_SVDR see one micro-batch
@@ -96,7 +96,7 @@ class Settings:
     cls_dropout: float | None = None  # of the head; None: as the encoder's
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"               # of frozen weights and of computing: auto, float32, bfloat16
+    dtype: str = "auto"               # of frozen weights, of computing: auto, float32, bfloat16, float16
     compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
     checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
     # evaluation and saving
@@ -120,7 +120,7 @@ PRESETS = {                           # of tasks: AdaLoRA's scripts for DeBERTa-
     "hadapter": dict(r=32),
     "padapter": dict(r=64),
 }
-HALVED = ("bert", "roberta", "t5")    # families that these scripts do not cover take half of their rates
+HALVED = ("bert", "roberta", "t5")    # no script for these families: they take half of the rate (our choice)
 SCRIPTS = {                           # same source: adapters' learning rate; AdaLoRA's alpha, and steps that
     # fit a long run only: in a short one --adalora_first=0.1 --adalora_last=0.3 --adalora_every=0.01
     "mnli":  (5e-4, 16, dict(orthogonality=0.1, adalora_first=8000, adalora_last=50000, adalora_every=100)),
@@ -144,13 +144,16 @@ def check(s):
     if s.task not in TASKS:
         raise ValueError(f"--task={s.task}: {balora.nearest(s.task, TASKS)}known: {', '.join(TASKS)}")
     if (s.task == "world") != (s.init == "tiny") or (s.init == "tiny" and (s.data or s.eval_data)):
-        raise ValueError(f"--init={s.init} --task={s.task}: tiny and its world go together, without --data")
+        way = "tiny goes with --task=world and no --data, other tasks with --init=minilm, say"
+        raise ValueError(f"--init={s.init} --task={s.task}: {way}")
     labels = TASKS[s.task].labels
     family = model.config_of("tiny-encoder" if s.init == "tiny" else s.init).family
     if family == "llama":
         raise ValueError(f"--init={s.init} is a decoder of the LLaMA family, which train_nlg.py tunes")
     if family == "t5" and (s.probe or not labels):
         raise ValueError(f"--init={s.init}: T5 answers in words, without a head to --probe or a score")
+    if family == "deberta" and s.dtype == "float16":
+        raise ValueError(f"--dtype=float16: {s.init} overflows in it; use bfloat16 or float32")
     for option in ("label_noise", "imbalance", "label_smoothing"):
         if getattr(s, option) and not labels:
             raise ValueError(f"--{option} needs classes, and {s.task} has scores; leave it out")
@@ -248,11 +251,8 @@ def read_glue(task, data="", eval_data=""):
 def read_hub(task):
     import datasets
 
-    try:
+    with model.reading(f"nyu-mll/glue {task}", "give a downloaded folder, --data=FOLDER"):
         found = datasets.load_dataset("nyu-mll/glue", task)
-    except Exception as e:  # hub and network errors alike
-        reason = f"the hub did not give it ({model.why(e)})"
-        raise ValueError(f"nyu-mll/glue {task}: {reason}; give a downloaded folder, --data=FOLDER") from None
     splits = {}
     for name, split in SPLITS.items():
         if name in found:
@@ -310,7 +310,7 @@ def to_rows(task, split, source, records):
     for number, record in enumerate(records, 1):
         texts = [record.get(name) for name in fields]
         label = record.get("label")
-        if label is None or not all(isinstance(text, str) for text in texts):
+        if label in (None, -1, "-1", "-") or not all(isinstance(text, str) for text in texts):
             dropped.append(f"row {number} ({' '.join(str(record).split())[:50]} ...)")
             continue
         label = to_label(label, TASKS[task].labels, f"{source}, row {number}")
@@ -408,7 +408,8 @@ def world_rows(seed, n_train=2400, n_dev=600):
             name = rng.choice(PEOPLE)
             habit = rng.choice(list(HABITS))
             value = rng.choice(HABITS[habit])
-            label = {value: 0, ANY: 1}.get(FACTS[animal][habit], 2)  # entailment, neutral, contradiction
+            # The fact holds: 0, entailment. ANY: 1, neutral. Another value is true: 2, contradiction.
+            label = {value: 0, ANY: 1}.get(FACTS[animal][habit], 2)
             if label == len(rows) % 3:  # each class in turn
                 hypothesis = HYPOTHESIS.format(name=name, a=f"{habit} {value}")
                 rows.setdefault((PREMISE.format(name=name, animal=animal), hypothesis), label)
@@ -440,7 +441,7 @@ def pretrain_world(s, device):
         masked = ids.cpu()
         chosen = torch.rand(masked.shape, generator=coin) < share[masked]
         y = masked[chosen]
-        # Half of them become [MASK], 0.3 one of `others`, the rest stay: what is stated is to be doubted.
+        # Half of them become [MASK], 0.3 one of `others`, the rest stay: seen words may be wrong, too.
         u = torch.rand(len(y), generator=coin)
         other = others[y, torch.randint(3, y.shape, generator=coin)]
         masked[chosen] = torch.where(u < 0.5, VOCABULARY["[MASK]"], torch.where(u < 0.8, other, y))
@@ -641,7 +642,7 @@ def fit_head(net, train, seed, steps=300):
         for step in range(steps + 1):
             if step % 20 == 0:
                 loss = task_loss(net.classifier(H[held_out])[0], y[held_out]).item()
-                if loss < best:
+                if step == 0 or loss < best:
                     best = loss
                     head = {name: tensor.clone() for name, tensor in net.classifier.state_dict().items()}
             rows = rng.sample(rest, min(64, len(rest)))
@@ -663,7 +664,7 @@ def dry_run(s):
         )
         ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
     net.label_ids = list(range(len(labels)))
-    print_estimate(s, net, attach(s, net), ids)
+    print_estimate(s, net, attach(s, net), ids, {})
 
 
 def main(argv):
@@ -685,7 +686,7 @@ def main(argv):
     max_iters = s.max_iters or max(1, round(s.epochs * batches_per_epoch))
     eval_interval = s.eval_interval or batches_per_epoch
     warmup = s.warmup if s.warmup < 1 else min(s.warmup / max_iters, 1.0)
-    cuts = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
+    budget = balora.budget_steps(max_iters, s.options) if s.method == "adalora" else None
 
     # The network, its teacher, the optimizer.
     start = run.checkpoint(net)
@@ -693,21 +694,19 @@ def main(argv):
     if s.probe and not start:
         fit_head(net, train, s.seed)
     report = attach(s, net, state, train, row_loss)
-    optimizer = adamw(s, net, device)
     net.checkpointing = s.checkpointing
     net.autocast = dtype if full and dtype != torch.float32 else None
     if s.compile:
         net.compile_blocks()
     if start:
         teacher = start["Z_P"]
-    else:  # logits of the pre-trained network, which every method's is before step 1, with the student's head
+    else:  # Before step 1 the network is the pre-trained one; its new head is random without --probe.
         taught = {**splits, "train": train} if s.lambda1 else splits
         teacher = {name: predict(net, rows, "teacher")[0] for name, rows in taught.items()}
     sizes = {name: len(rows) for name, rows in {**splits, "train": train}.items()}
     classes = sorted(Counter(label for _, label in train).items())
     more = dict(labels=labels, metric=TASKS[s.task].metric, rows=sizes, classes=classes, notes=report.notes)
-    step = run.begin(net, optimizer, start, base, device, trainable=report.trainable - report.head, **more)
-    trained = [p for p in net.parameters() if p.requires_grad]
+    step = run.begin(net, start, base, device, trainable=report.trainable - report.head, **more)
     net.train()
     print(f"{max_iters} steps of {s.batch_size} rows, {s.micro_batch} at a time -> {s.out_dir}")
 
@@ -739,22 +738,10 @@ def main(argv):
             Z_P = teacher["train"][part].to(device) if s.lambda1 else None
             total, values = balora.loss_nlu(Z_F, y, Z_P, lambdas, s.T, s.k, label_smoothing=s.label_smoothing)
             share = len(part) / len(rows)
-            (share * total).backward()
+            run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
-        # Update.
-        if cuts:
-            orthogonality = balora.orthogonality(net)
-            (s.options["orthogonality"] * orthogonality).backward()
-            terms["orth"] = orthogonality.item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
-        run.check_finite(step, lr, terms["task"], norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
-        optimizer.step()
-        if cuts:
-            terms |= balora.allocate(net, step, max_iters, s.r, cuts)
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(s, run, net, terms, step, max_iters, lr, budget)
         step += 1
 
         # Record.
@@ -766,7 +753,7 @@ def main(argv):
             print(progress_line(record, max_iters), flush=True)
         if step % eval_interval == 0 or step == max_iters:
             evaluate()
-            run.save(step, net, optimizer, Z_P=teacher)
+            run.save(step, net, Z_P=teacher)
         clock = time.time()
     save_features(run, net, splits["dev"], labels)
     finish(s, run, net)
