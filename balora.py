@@ -381,7 +381,7 @@ class Pfeiffer(Houlsby):
 
     def forward(self, u):
         z = self.inner(u)
-        return self.inner(self.f(z) + u) if self.on else z
+        return self.inner(self.bottleneck(z) + u) if self.on else z
 
 
 class BiasOffset(nn.Module):

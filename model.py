@@ -641,7 +641,8 @@ class Transformer(Stack):
         encoder = {"bert": "Bert", "roberta": "Roberta", "deberta": "DebertaV2"}.get(self.config.family)
         if encoder:
             record["architectures"] = [encoder + ("ForSequenceClassification" if self.n_classes else "Model")]
-        if encoder and self.n_classes:
+        two = {0: "LABEL_0", 1: "LABEL_1"}  # what transformers assumes
+        if encoder and self.n_classes and (self.labels or len(record.get("id2label", two)) != self.n_classes):
             labels = self.labels or [f"LABEL_{i}" for i in range(self.n_classes)]
             record["id2label"] = dict(enumerate(labels))
             record["label2id"] = {label: i for i, label in enumerate(labels)}
@@ -1306,10 +1307,8 @@ def kept_bytes(function, *args):
 
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
         with torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            result = function(*args)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result  # it held the graph while we counted
-    return total
+            result = function(*args)  # noqa: F841, it holds the graph while we count
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def peak_memory(device):

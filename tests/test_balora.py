@@ -408,7 +408,7 @@ def test_load_adapter_is_strict(small, tmp_path):
         with pytest.raises(ValueError, match=words):
             balora.load_adapter(small(), tmp_path)
 
-    broken(lambda s: s.pop(first), "no counterpart")
+    broken(lambda s: s.pop(first), "not of this model, or not whole")
     broken(lambda s: s.update({first.replace("layers.0", "layers.9"): s.pop(first)}), "layers.9")
     broken(lambda s: s.update({first: torch.ones(4, 7)}), r"\[4, 7\]")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -456,7 +456,7 @@ def test_residual_form_adapters_and_heads_are_refused(small, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "init_lora_weights": "pissa_niter_16"})
     )
-    with pytest.raises(ValueError, match="base whose weights"):
+    with pytest.raises(ValueError, match="has changed its base's weights"):
         balora.load_adapter(small(tied=False), tmp_path)
     with pytest.raises(ValueError, match="nothing matches lm_head"):
         balora.attach(small(tied=False), "lora", r=2, targets=["lm_head"])
@@ -507,10 +507,10 @@ def test_a_file_that_does_not_fit_changes_nothing(small, tmp_path):
     balora.attach(net, "lora", r=4)
     balora.save_adapter(net, tmp_path / "whole")
     for case, words in (
-        ("short", "is it whole"),
-        ("gone", "is it whole"),
-        ("json", "not JSON"),
-        ("shape", "lora_B.*has shape"),
+        ("short", "adapter_model.safetensors: SafetensorError"),
+        ("gone", "adapter_model.safetensors: .*expected a folder as peft writes it"),
+        ("json", "adapter_config.json: JSONDecodeError"),
+        ("shape", "lora_B.* is torch.float32"),
     ):
         shutil.copytree(tmp_path / "whole", tmp_path / case)
         weights = tmp_path / case / "adapter_model.safetensors"
@@ -536,7 +536,7 @@ def test_a_language_models_adapter_is_refused_by_a_classifier(tmp_path):
     balora.save_adapter(net, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "lora" in k}, path)
-    with pytest.raises(ValueError, match="a classifier's has its head"):
+    with pytest.raises(ValueError, match="not of this model, or not whole .a head"):
         balora.load_adapter(encoder("bert"), tmp_path)
 
 
@@ -911,7 +911,7 @@ def test_adapter_and_head_survive_the_file(family, name, method, tmp_path):
         again = encoder(family)
         balora.load_adapter(again, tmp_path / "adapter")
         assert (again(IDS[:, :20]) - want).abs().max() < 1e-4
-        with pytest.raises(ValueError, match="another number of classes"):
+        with pytest.raises(ValueError, match=r"torch.float32 .*not finite floats \[2"):
             balora.load_adapter(encoder(family, n_classes=2), tmp_path / "adapter")
         if method not in ENCODERS_ONLY:
             peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")

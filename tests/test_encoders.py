@@ -264,11 +264,7 @@ def test_minilm_real_weights_equal_transformers(minilm):
 def test_published_sizes_equal_transformers_defaults():
     """Parameter counts of ARCHITECTURES 1: 2-label classifiers, T5 whole."""
     count = lambda name, n: sum(p.numel() for p in _skeleton(name, n).parameters())
-    assert (
-        count("roberta-base", 2) == 124_647_170
-        and count("deberta-v3-base", 2) == 184_423_682
-        and count("t5-base", 0) == 222_903_552
-    )
+    assert count("deberta-v3-base", 2) == 184_423_682 and count("t5-base", 0) == 222_903_552
 
 
 def _skeleton(name, n):

@@ -381,12 +381,10 @@ def test_corda_of_an_identity_is_pissa_and_milora(keep):
     torch.testing.assert_close(B0 @ A0, other[1] @ other[0], rtol=1e-3, atol=1e-4)
 
 
-def test_corda_reports_damping_and_lack_of_rank(small):
+def test_corda_reports_damping(small):
     net = small()
     report = balora.attach(net, "corda", r=4, calibrate=calibration(net, rows=2))
     assert "covariances damped by up to 1% of their mean diagonal" in str(report)
-    # 60 tokens: down_proj has 80 inputs, the others 48
-    assert "2 of 14 covariances lack rank" in str(report)
     net = small()
     assert len(balora.attach(net, "corda", r=4, calibrate=calibration(net, rows=4)).notes) == 1
     assert balora.attach(small(), "pissa", r=4).notes == []
