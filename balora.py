@@ -475,7 +475,7 @@ def top_svd(W, r, niter, oversample, rng):
     return P @ U[:, :r], S[:r], Vt[:r] @ Q.T
 
 
-# ---- What two starts measure first, while calibrate(round) runs the model on some rows, one at a time
+# ---- What two starts measure first, while calibrate(turn) runs the model on some rows, one at a time
 
 
 def gradients(model, name, found):
@@ -510,7 +510,7 @@ def covariances(model, name, found):
 GROUP = 4 * 2**30  # bytes of statistics held at a time, about
 
 
-def statistics(model, names, kind, calibrate, round=0, room=GROUP):
+def statistics(model, names, kind, calibrate, turn=0, room=GROUP):
     """Yield (layer's name, its statistic) of a frozen model, for groups of layers of about `room` bytes."""
     groups = {}
     used = 0
@@ -523,7 +523,7 @@ def statistics(model, names, kind, calibrate, round=0, room=GROUP):
         hooks = [kind(model, name, found) for name in group]
         try:
             with evaluating(model), torch.set_grad_enabled(kind is gradients):  # dropout would blur it
-                calibrate(round)
+                calibrate(turn)
         finally:
             model.requires_grad_(False)
             for hook in hooks:
@@ -692,7 +692,7 @@ def attach(
 
     r: rank, or width of a bottleneck. alpha: s = alpha / r; None: r. options: the method's own, see METHODS.
     targets: names or patterns of layers ("q_proj", "layers.0.*"); None: all that the method is made for.
-    calibrate(round): runs the model on some rows, one at a time (LoRA-GA: backward, too).
+    calibrate(turn): runs the model on some rows, one at a time (LoRA-GA: backward, too).
     state {name: tensor}: a checkpoint to go on from; nothing is measured. On the meta device: shapes alone.
     Submodules named in model.trained_whole (a head) train, too. ValueError for whatever does not fit.
     """

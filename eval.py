@@ -164,22 +164,22 @@ class Subject:
         """
         context = self.net.config.max_len
         temperatures = temperatures or [self.temperature] * len(prompts)
-        kinds = sorted(set(temperatures))
+        levels = sorted(set(temperatures))
         coded = [encode_prompt(self.tok, prompt) for prompt in prompts]
-        print(f"{data}: {len(prompts)} prompts, at most {self.max_new} tokens, temperature {kinds}")
+        print(f"{data}: {len(prompts)} prompts, at most {self.max_new} tokens, temperature {levels}")
         head = dict(weights=self.net.weights_hash, adapter=adapter_hash(self.run), data=data)
         head |= dict(dtype=str(self.net.head.dtype), items=len(prompts), prompts=hash_of(prompts))
-        head |= dict(max_new=self.max_new, temperature=kinds, top_p=self.top_p, seed=self.seed)
+        head |= dict(max_new=self.max_new, temperature=levels, top_p=self.top_p, seed=self.seed)
         records = Records(self.path(file), head)
-        for kind in kinds:
-            todo = [row for row, t in enumerate(temperatures) if t == kind and row not in records.seen]
+        for level in levels:
+            todo = [row for row, t in enumerate(temperatures) if t == level and row not in records.seen]
             batches = batches_by_length([len(coded[row]) for row in todo], self.batch_size)
             for batch in tqdm(batches, desc=file, unit="batch", disable=None):
                 answers = {todo[i]: [] for i in batch}  # a prompt that fills the context stays unanswered
-                able = [row for row in answers if len(coded[row]) < context]
-                asked = [coded[row] for row in able]
+                fitting = [row for row in answers if len(coded[row]) < context]
+                asked = [coded[row] for row in fitting]
                 seed = self.seed + len(records.lines)  # another one for each batch
-                answers |= zip(able, self.net.generate(asked, self.max_new, kind, self.top_p, seed=seed))
+                answers |= zip(fitting, self.net.generate(asked, self.max_new, level, self.top_p, seed=seed))
                 for row, ids in answers.items():
                     text = self.tok.decode(ids)
                     record = dict(row=row, answer=text, tokens=len(ids), tstamp=time.time())
@@ -658,7 +658,7 @@ def sandbox_fault():
 # One model: its loss on rows, an answer, its merged weights
 
 
-def loss(subject, data="", last=0, limit=0):
+def loss(subject, data="rows.jsonl", last=0, limit=0):
     """Loss, drift, diversity and spectrum on rows of your own."""
     settings = subject.settings
     rows = read_rows(data, settings.get("prompt_field", ""), settings.get("response_field", ""))
@@ -674,7 +674,7 @@ def loss(subject, data="", last=0, limit=0):
         print(f"  {name:<14}{words}")
 
 
-def sample(subject, prompt=""):
+def sample(subject, prompt="What is 17 + 25?"):
     """Write an answer to --prompt."""
     ids = encode_prompt(subject.tok, fill(subject.template, prompt))
     print(f"template {subject.template}, temperature {subject.temperature}, seed {subject.seed}\n")
@@ -780,7 +780,7 @@ def variant(settings):
 def benchmark_scores(folder):
     """What benchmarks left in a run's folder -> {benchmark: (score, what was asked)}; in %, MT-Bench 1 to 10.
 
-    Answers of another adapter and incomplete files are left out, and named.
+    Answers of another adapter (but for MT-Bench's) and incomplete files are left out, and named.
     """
     found = {}
     passed = operator.itemgetter("passed")
@@ -1037,13 +1037,13 @@ def main(argv):
         parser.add_argument("runs", nargs="*", help=notes["runs"])
     given = parse_options(parser, argv[1:])
     check_numbers(given, "max_new batch_size top_p", "top_p")
-    before = given.pop("runs", [])
-    if "runs" in parameters and not before:
+    positional = given.pop("runs", [])
+    if "runs" in parameters and not positional:
         raise ValueError(f"{name} needs run folders: python eval.py {name} out/a out/b")
     if own:
         chosen = [option for option in own if option in given]
-        before = [Subject(**{option: given.pop(option) for option in chosen})]
-    function(*before, **given)
+        positional = [Subject(**{option: given.pop(option) for option in chosen})]
+    function(*positional, **given)
 
 
 if __name__ == "__main__":

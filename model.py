@@ -148,26 +148,26 @@ def t5_bucket(distance, buckets, max_distance, causal):
     """T5's bucket of distance = key - query: exact when near, logarithmic up to max_distance."""
     side = 0
     if causal:
-        far = (-distance).clamp_min(0)
+        size = (-distance).clamp_min(0)
     else:  # each direction has half of the buckets
         buckets = buckets // 2
         side = buckets * (distance > 0)
-        far = distance.abs()
+        size = distance.abs()
     exact = buckets // 2
-    # bucket = exact + floor(ln(far / exact) / ln(max_distance / exact) · (buckets - exact))
-    growth = (far.float() / exact).clamp_min(1).log() / math.log(max_distance / exact)
-    log = exact + (growth * (buckets - exact)).long()
-    return side + torch.where(far < exact, far, log.clamp_max(buckets - 1))
+    # bucket = exact + floor(ln(size / exact) / ln(max_distance / exact) · (buckets - exact))
+    growth = (size.float() / exact).clamp_min(1).log() / math.log(max_distance / exact)
+    beyond = exact + (growth * (buckets - exact)).long()
+    return side + torch.where(size < exact, size, beyond.clamp_max(buckets - 1))
 
 
 def deberta_row(distance, buckets, max_distance):
     """DeBERTa-v3's row, in a table of 2 · buckets rows, of distance = query - key."""
     mid = buckets // 2
-    far = distance.abs()
-    # exact up to mid, beyond it  mid + ceil(ln(far / mid) / ln((max_distance - 1) / mid) · (mid - 1))
-    growth = (far / mid).clamp_min(1).double().log() / math.log((max_distance - 1) / mid)
-    log = mid + (growth * (mid - 1)).ceil().long()
-    row = torch.where(far <= mid, distance, log * distance.sign())
+    size = distance.abs()
+    # exact up to mid, beyond it  mid + ceil(ln(size / mid) / ln((max_distance - 1) / mid) · (mid - 1))
+    growth = (size / mid).clamp_min(1).double().log() / math.log((max_distance - 1) / mid)
+    beyond = mid + (growth * (mid - 1)).ceil().long()
+    row = torch.where(size <= mid, distance, beyond * distance.sign())
     return (buckets + row).clamp(0, 2 * buckets - 1)
 
 
@@ -210,11 +210,11 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x, position=None, bias=None, past=None, memory=None):
+    def forward(self, x, position=None, bias=None, store=None, memory=None):
         """position: rope: (cos, sin); disentangled: the vectors of all distances [2L-1, d].
 
         bias [B, H, L, S]: allowed keys (bool), or added to scores; None: all keys, in a decoder the past.
-        past(k, v): stores keys and values in the cache -> those of all tokens.
+        store(k, v) -> keys and values of all tokens so far; it puts the new ones into the cache.
         """
         source = x if memory is None else memory
         q = self.split_heads(self.q_proj(x))  # [B, H, L, hd]
@@ -226,8 +226,8 @@ class Attention(nn.Module):
         if self.position == "rope":
             q = rotate(q, *position)
             k = rotate(k, *position)
-        if past is not None:
-            k, v = past(k, v)
+        if store is not None:
+            k, v = store(k, v)
         dropout = self.dropout if self.training else 0.0
         if self.position == "disentangled":
             scores = self.scale * q @ k.mT + self.relative_scores(q, k, position)  # [B, H, L, L]
@@ -302,12 +302,12 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.mlp_drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, position=None, bias=None, past=None, memory=None, memory_bias=None):
-        look = partial(self.attn, position=position, bias=bias, past=past)
-        x = self.residual(x, self.attn_norm, self.attn_drop, look)
+    def forward(self, x, position=None, bias=None, store=None, memory=None, memory_bias=None):
+        attention = partial(self.attn, position=position, bias=bias, store=store)
+        x = self.residual(x, self.attn_norm, self.attn_drop, attention)
         if self.cross is not None:
-            look = partial(self.cross, bias=memory_bias, memory=memory)
-            x = self.residual(x, self.cross_norm, self.cross_drop, look)
+            attention = partial(self.cross, bias=memory_bias, memory=memory)
+            x = self.residual(x, self.cross_norm, self.cross_drop, attention)
         return self.residual(x, self.mlp_norm, self.mlp_drop, self.mlp)
 
     def residual(self, x, norm, drop, part):

@@ -54,7 +54,7 @@ from train_nlg import (
 class Settings:
     """Classification (NLU). Presets of --init, --task, --method replace defaults, the command line wins."""
     init: str = "tiny"                # tiny, minilm, roberta-base, deberta-v3-base, t5-base, or a folder
-    task: str = "mnli"                # mnli sst2 mrpc cola qnli qqp rte stsb; world: what tiny knows about
+    task: str = "mnli"                # mnli sst2 mrpc cola qnli qqp rte stsb own; world: what tiny knows
     method: str = "balora"            # balora, pissa, lora, full, bitfit, ...: balora.METHODS lists them
     out_dir: str = ""                 # run folder; empty: out/INIT-TASK-METHOD-SEED
     resume: bool = False              # go on with the run in out_dir
@@ -62,7 +62,7 @@ class Settings:
     dry_run: bool = False             # print layers, parameters and a memory estimate; load no weights
     seed: int = 0                     # of everything random; for tiny it covers pre-training
     # data
-    data: str = ""                    # folder of GLUE's files, or one training file; empty: the hub
+    data: str = ""                    # folder of GLUE's files, or one file; empty: hub. own: text, label
     eval_data: str = ""               # file to evaluate on; empty: the dev split, or a tenth of train
     max_rows: int = 0                 # train on N rows, drawn by a fixed seed; 0: all
     max_len: int = 128                # tokens of a row; a longer one loses the end of its longer text
@@ -85,7 +85,7 @@ class Settings:
     label_smoothing: float = 0.0      # a control beside L_CR, in [0, 1)
     # optimization
     learning_rate: float | None = None  # peak; None: the task's; half for bert, roberta, t5; 1/20 for full
-    warmup: float = 0.06              # steps, or below 1 a share of them; then linear to 0
+    warmup: float = 0.06              # steps (all of a shorter run), or below 1 a share; then linear to 0
     batch_size: int = 32              # rows per optimizer step
     micro_batch: int = 0              # rows at a time; 0: batch_size. L_DR and L_SVDR see one micro-batch
     epochs: float = 3.0               # passes over the data
@@ -132,6 +132,7 @@ SCRIPTS = {                           # same source: adapters' learning rate; Ad
     "mrpc":  (1e-3, 32, dict(orthogonality=0.1, adalora_first=600, adalora_last=1800, adalora_every=1)),
     "stsb":  (2.2e-3, 32, dict(orthogonality=0.3, adalora_first=800, adalora_last=2000, adalora_every=10)),
     "world": (1e-3, 8, {}),
+    "own":   (5e-4, 8, {}),
 }
 # Numbers that are above 0; every other one is at least 0, and shares are at most 1.
 POSITIVE = "r alpha T k epochs batch_size micro_batch max_len log_interval calibration pretrain_iters"
@@ -146,6 +147,8 @@ def check(s):
     if (s.task == "world") != (s.init == "tiny") or (s.init == "tiny" and (s.data or s.eval_data)):
         way = "tiny goes with --task=world and no --data, other tasks with --init=minilm, say"
         raise ValueError(f"--init={s.init} --task={s.task}: {way}")
+    if s.task == "own":
+        TASKS["own"] = own_task(s.data)
     labels = TASKS[s.task].labels
     family = model.config_of("tiny-encoder" if s.init == "tiny" else s.init).family
     if family == "llama":
@@ -211,12 +214,31 @@ TASKS = {
     "rte":  Task("RTE", TWO, ENTAILS, "rte sentence1: {a} sentence2: {b}"),
     "stsb": Task("STS-B", TWO, (), "", columns=(*TWO, "score"), metric="combined"),
     "world": Task("", (), NLI, ""),   # what tiny knows about: the next section
+    "own":  Task("", (), (), ""),     # of `own_task`
 }
+OWN_FIELDS = (("text",), ("text_a", "text_b"))
 SPLITS = {                            # in GLUE's folders and on the hub -> here
     "train": "train", "dev": "dev", "dev_matched": "dev", "dev_mismatched": "dev_mm",
     "validation": "dev", "validation_matched": "dev", "validation_mismatched": "dev_mm",
 }
 # fmt: on
+
+
+def own_task(data):
+    """The task of a file with the columns text, or text_a and text_b, and label; classes as they appear."""
+    records = read_records(data) if data else []
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    fields = next((names for names in OWN_FIELDS if {*names, "label"} <= {*columns}), None)
+    if fields is None:
+        expected = "--data=FILE with the columns text, or text_a and text_b, and label"
+        raise ValueError(f"--task=own --data={data}: expected {expected}; there are {columns}")
+    found = [str(record["label"]) for record in records if record.get("label") is not None]
+    labels = tuple(dict.fromkeys(found))
+    print(f"{data}: {len(labels)} classes, {', '.join(labels)}; read {', '.join(fields)}, label")
+    if not 2 <= len(labels) <= 1000:
+        raise ValueError(f"--task=own --data={data}: {len(labels)} different labels; expected 2 to 1000")
+    prompt = " ".join(f"{name}: {{{letter}}}" for name, letter in zip(fields, "ab"))
+    return Task("", fields, labels, f"classify {prompt}")
 
 
 def read_glue(task, data="", eval_data=""):
@@ -392,7 +414,7 @@ def world_text(rng, noise=0.0):
 
 
 def world_rows(seed, n_train=2400, n_dev=600):
-    """-> {"train": rows, "dev": rows}, no animal in both: train has nine of a family, dev the other three."""
+    """-> {"train": rows, "dev": rows} (at most 2592, 864); train has nine animals of a family, dev three."""
     rng = random.Random(f"animals {seed}")
     animals = {"train": [], "dev": []}
     for _, members in FAMILIES.values():

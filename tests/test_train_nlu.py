@@ -386,3 +386,36 @@ def test_label_smoothing(base):
     smooth, _ = balora.loss_nlu(Z, y, lambdas=(0, 0, 0), label_smoothing=0.1)
     by_hand = 0.9 * F.cross_entropy(Z, y) - 0.1 * F.log_softmax(Z, -1).mean()
     torch.testing.assert_close(smooth, by_hand)
+
+
+def test_own_data_for_classification(base, capsys):
+    """A .csv with words as labels: classes in order of first appearance, a tenth held out, all the way to a run."""
+    lines = [
+        "text,label",
+        *(f'"good {i}, really",praise' for i in range(12)),
+        *(f"bad {i},blame" for i in range(12)),
+    ]
+    (base / "own.csv").write_text("\n".join(lines))
+    argv = [a for a in COMMON if not a.startswith(("--task", "--data", "--eval_data"))]
+    train_nlu.main([*argv, "--task=own", "--data=own.csv", "--max_iters=2", "--out_dir=own"])
+    out = capsys.readouterr().out
+    assert (
+        "own.csv: 2 classes, praise, blame; read text, label" in out
+        and "dev: 2 rows of train are held out" in out
+    )
+    record = json.load(open("own/config.json"))
+    assert record["labels"] == ["praise", "blame"] and record["metric"] == "accuracy"
+    write("pair.jsonl", [{"text_a": "a", "text_b": "b", "label": i % 3} for i in range(30)])
+    train_nlu.main([*argv, "--task=own", "--data=pair.jsonl", "--max_iters=2", "--out_dir=pair"])
+    assert json.load(open("pair/config.json"))["labels"] == ["0", "1", "2"]
+    write("odd.jsonl", [{"text": "a", "label": "other"}])
+    for argv2, words in (
+        (
+            ["--data=own.csv", "--eval_data=odd.jsonl"],
+            "odd.jsonl, row 1: unknown label 'other'; known: 0, 1, praise, blame",
+        ),
+        ([], "expected --data=FILE with the columns text"),
+        (["--data=odd.jsonl"], "1 different labels"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_nlu.main([*argv, "--task=own", *argv2, "--out_dir=bad"])
