@@ -287,8 +287,7 @@ def competition_math(subject, data="DigitalLearningGmbH/MATH-lighteval:test", la
     path, lines = ask_for_answers(subject, "math", data, last, limit, out, boxed, extract_math)
     print_share("exact match", [same_form(line) for line in lines], path)
     try:
-        bar = tqdm(lines, desc="math_verify", leave=False, disable=None)
-        print_share("equal by math_verify", [same_mathematics(line) for line in bar], path)
+        print_share("equal by math_verify", [same_mathematics(line) for line in lines], path)
     except ImportError:
         print("equality as mathematics was not judged: pip install math_verify")
 
@@ -435,8 +434,7 @@ def judge(
             raise ValueError(f"question {key} is answered, but not in --data={data}; give the file asked")
         if judge_url and asked[key]["category"] in SOLVED and not asked[key]["ref_answer"]:
             raise ValueError(f"question {key} needs --references=gpt-4.jsonl: {FASTCHAT}")
-    judge_name = re.sub("[^A-Za-z0-9._-]+", "_", judge_model)
-    out = f"{path.removesuffix('.jsonl')}-{judge_name}_single.jsonl"
+    out = f"{path.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', judge_model)}_single.jsonl"
     rated = {(line["question_id"], line["turn"]): line for line in read_lines(out)}
     if judge_url:
         requests = list(judge_requests(answered, asked, judge_prompts, judge_model))
@@ -495,7 +493,11 @@ def code_benchmark(subject, file, data, problems, execute):
     programs = []
     for problem, line in zip(problems, lines):
         code = completion(line["answer"], problem["function"])
-        samples.append(dict(task_id=problem["id"], completion=code))
+        name = (
+            f"def {problem['function']}("  # the first block counts, also where the function is in a later one
+        )
+        missed = name in line["answer"] and name not in code
+        samples.append(dict(task_id=problem["id"], completion=code, function_in_later_block=missed))
         programs.append([problem["head"] + code, problem["tests"]])
     path = subject.path(f"{file}-samples")
     write_lines(path, samples)
@@ -942,8 +944,7 @@ def print_gains(gains, by, against):
             above = f"{(values > 0).sum()} of {len(values)} above"
             print(f"  {label}, {column}: {spread(list(values), 3)}, {above}")
     for (name, column), rows in gains.groupby(["variant", "column"], sort=False):
-        numeric = rows.by.dtype.kind in "if"
-        if numeric and len(rows) > 2 and rows.by.nunique() > 1 and rows.gain.nunique() > 1:
+        if rows.by.dtype.kind in "if" and len(rows) > 2 and rows.by.nunique() > 1 and rows.gain.nunique() > 1:
             fit = stats.linregress(rows.by, rows.gain)
             half = stats.t.ppf(0.975, len(rows) - 2) * fit.stderr  # of the 95 % interval
             print(f"  {name}, {column}: slope of the gain over {by} {fit.slope:.3f} ± {half:.3f}")
@@ -971,10 +972,9 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
     """Methods x benchmarks of finished runs: mean ± deviation (seeds), drift, memory, time."""
     frame = long_table(runs, by)
     text = "\n".join("| " + " | ".join(line) + " |" for line in table_lines(frame, poster)) + "\n"
-    print(text)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     write_text(out, text)
-    print(f"-> {out}")
+    print(f"{text}\n-> {out}")
     value = "value"
     if against:
         frame = paired(frame[~frame.column.isin(COSTS[1:])], against)

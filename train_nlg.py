@@ -49,7 +49,7 @@ import model
 # fmt: off
 @dataclass
 class Settings:
-    """Instruction tuning (NLG). A preset of --init replaces defaults, the command line wins."""
+    """Instruction tuning. Presets of --init replace defaults; other models: data r learning_rate max_len."""
     init: str = "tiny"                # tiny, smollm2-135m, llama2-7b, any hub id, or a folder
     method: str = "balora"            # balora, pissa, lora, full, ...: balora.METHODS lists them
     out_dir: str = ""                 # run folder; empty: out/INIT-METHOD-SEED
@@ -406,7 +406,7 @@ def update(s, run, net, terms, step, max_iters, lr, budget):
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
     overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this step out
-    run.skipped = (run.skipped + 1) * overflow
+    terms["skipped"] = run.skipped = (run.skipped + 1) * overflow
     if not overflow or run.skipped > 20:
         run.check_finite(step, lr, terms["task"], norm)
     for group in run.optimizer.param_groups:

@@ -549,6 +549,16 @@ def test_what_cannot_end_well_is_said_at_the_start(more, words, tmp_path, monkey
         )
 
 
+def test_a_prompt_with_less_room_is_answered_within_it(tmp_path, monkeypatch):
+    """A held-out prompt that leaves fewer than --max_new tokens of the context does not end a finished run."""
+    monkeypatch.chdir(tmp_path)
+    decoder_folder(tmp_path / "base")
+    (tmp_path / "long.jsonl").write_text((json.dumps(dict(question="zq " * 75, answer="7")) + "\n") * 9)
+    argv = ["--init=base", "--data=long.jsonl", "--eval_rows=2", "--r=4", "--template=plain", "--max_iters=1"]
+    train_nlg.main([*argv, "--max_new=100", "--max_len=256", "--out_dir=run"])
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+
+
 # Checkpoints
 
 
@@ -857,3 +867,23 @@ def test_code_in_an_answer(answer):
 def test_the_first_block_counts_as_documented():
     answer = f"Usage:\n```python\nprint(add([1]))\n```\nCode:\n```python\n{F_}```"
     assert eval.extract_code(answer) == "print(add([1]))\n"
+
+
+def test_a_function_in_a_later_block_is_said_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    decoder_folder(tmp_path / "base")
+    row = dict(task_id="x", prompt="def add(xs, extra=0):\n", entry_point="add", test="def check(f): pass")
+    (tmp_path / "he.jsonl").write_text(json.dumps(row))
+    (tmp_path / "out").mkdir()
+    for name, answer, missed in (
+        ("late", f"```python\nx\n```\n```python\n{F_}```", True),
+        ("first", F_, False),
+    ):
+        monkeypatch.setattr(
+            eval.Subject, "answer", lambda *a, answer=answer: ("", [dict(row=0, answer=answer)])
+        )
+        eval.main(["humaneval", "--init=base", "--data=he.jsonl", f"--out={name}"])
+        assert (
+            json.loads((tmp_path / f"out/{name}-samples.jsonl").read_text())["function_in_later_block"]
+            is missed
+        )
