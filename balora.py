@@ -98,7 +98,7 @@ def dr_nlg(Z_F, K):
 
 def svdr_nlg(Z_F, k, rounds=2, extra=5, seed=0):
     """Low rank (SVDR-NLG), by randomised SVD. Logits [M, V], or H Rᵀ with the same σ -> scalar in [-√k, 0)"""
-    Z = off_mps(Z_F)
+    Z = off_mps(Z_F).to(torch.promote_types(Z_F.dtype, torch.float32))
     energy = Z.square().sum()
     if energy == 0:
         return Z_F.sum() * 0  # logits of zeros have no spectrum: 0, without gradient
@@ -479,10 +479,10 @@ def top_svd(W, r, niter, oversample, rng):
 
 
 def gradients(model, name, found):
-    """Let backward passes add up G = ∂L/∂W of a layer in found[name], fp32 on the CPU -> hook"""
+    """Let backward passes add up G = ∂L/∂W of a layer in found[name], fp32 -> hook"""
 
     def take(weight):
-        found[name] = found.get(name, 0) + weight.grad.float().cpu()
+        found[name] = found.get(name, 0) + weight.grad.float()
         weight.grad = None
 
     weight = model.get_submodule(name).weight.requires_grad_(True)
@@ -877,12 +877,11 @@ def merge(model):
 
 def param_groups(named, method="lora", ratio=16.0, weight_decay=0.0):
     """{name: trained tensor} -> AdamW's groups; a group's rate is the schedule's times its "ratio"."""
-    if method != "lora+":
-        return [dict(params=list(named.values()), ratio=1.0, weight_decay=weight_decay)]
-    groups = {}  # LoRA+ (Hayou et al. 2024): B and vectors learn faster, biases and norms do not decay
+    groups = {}
     for name, p in named.items():
-        fast = p.dim() == 1 or name.endswith(".B")
-        decays = not (fast and (name.endswith("bias") or "norm" in name))
+        # LoRA+ (Hayou et al. 2024): B and vectors learn faster.
+        fast = method == "lora+" and (p.dim() == 1 or name.endswith(".B"))
+        decays = not (name.endswith(("bias", "offset")) or "norm" in name)
         groups.setdefault((ratio if fast else 1.0, weight_decay * decays), []).append(p)
     return [dict(params=params, ratio=key[0], weight_decay=key[1]) for key, params in groups.items()]
 

@@ -336,7 +336,7 @@ class Run:
     def check_finite(self, step, lr, *values):
         """Raises ValueError where a tensor or number of this step is not finite."""
         if not all(torch.as_tensor(value).isfinite().all() for value in values):
-            reason = f"the loss or its gradient is not finite; lower --learning_rate (here {lr:.2g})"
+            reason = f"the loss or its gradient is not finite, or zero; lower --learning_rate ({lr:.2g})"
             kept = ", the last checkpoint is kept" if os.path.exists(self.path("checkpoint.pt")) else ""
             raise ValueError(f"step {step}: {reason}{kept}")
 
@@ -408,7 +408,7 @@ def update(s, run, net, terms, step, max_iters, lr, budget):
     overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this step out
     terms["skipped"] = run.skipped = (run.skipped + 1) * overflow
     if not overflow or run.skipped > 20:
-        run.check_finite(step, lr, terms["task"], norm)
+        run.check_finite(step, lr, terms["task"], norm or math.nan)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["ratio"]
     run.scaler.step(run.optimizer)

@@ -966,3 +966,16 @@ def test_schedules():
         and line[100] == 0
         and line[:20] == [balora.lr_schedule(i, 100, 0.2) for i in range(20)]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_svd_term_takes_any_dtype_and_zeros(dtype):
+    Z = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    value = balora.svdr_nlg(Z, 5)
+    sigma = torch.linalg.svdvals(Z.detach().double())
+    assert value.item() == pytest.approx(-(sigma[:5].sum() / sigma.square().sum().sqrt()).item(), rel=1e-2)
+    value.backward()
+    assert Z.grad.isfinite().all() and Z.grad.abs().max() > 0
+    zero = torch.zeros(4, 3, dtype=dtype, requires_grad=True)
+    balora.svdr_nlg(zero, 2).backward()
+    assert zero.grad.abs().max() == 0

@@ -92,6 +92,17 @@ def test_lora_plus_is_pefts(both):
         torch.testing.assert_close(layer.s * layer.B @ layer.A, product(them), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "bitfit"])
+def test_biases_and_norms_do_not_decay(method):
+    net = encoder("bert")
+    balora.attach(net, method, r=4)
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    for group in balora.param_groups(named, method, weight_decay=0.1):
+        for name in [name for name, p in named.items() if any(p is q for q in group["params"])]:
+            plain = name.endswith(("bias", "offset")) or "norm" in name
+            assert group["weight_decay"] == (0.0 if plain else 0.1), name
+
+
 def test_lora_plus_groups_hold_each_tensor_once_and_ratio_1_is_lora():
     net = encoder("bert")
     balora.attach(net, "lora+", r=4)

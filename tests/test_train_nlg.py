@@ -438,3 +438,10 @@ def test_lora_plus_keeps_its_ratio_through_the_schedule(base, monkeypatch):
     train("--method=lora+", "--lora_plus_ratio=7", "--max_iters=6", "--out_dir=o")
     assert len(seen) == 6 and len({slow for slow, _ in seen}) == 6
     assert all(fast == pytest.approx(7 * slow) for slow, fast in seen)
+
+
+def test_a_gradient_of_zero_is_a_divergence(base, monkeypatch):
+    """A network that has died in 16 bits has hidden states and gradients of exactly zero."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.zeros(()))
+    with pytest.raises(ValueError, match="step 0: the loss or its gradient is not finite, or zero"):
+        train("--max_iters=3", "--out_dir=dead")
