@@ -544,7 +544,7 @@ def read_rows(data, prompt_field="", response_field="", limit=0):
     question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), None)
     answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), None)
     given = "input" if question == "instruction" else None
-    chat = next((name for name in CHAT_FIELDS if name in names and not (question or answer)), None)
+    chat = next((name for name in CHAT_FIELDS if name in names and not (question and answer)), None)
     for option, name in (("prompt_field", question), ("response_field", answer)):
         if name not in names and not chat:
             known = ", ".join(map(str, names))

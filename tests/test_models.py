@@ -740,6 +740,13 @@ def test_rows_that_are_no_text_are_named(name, shared):
     assert name in str(e.value) and "\n" not in str(e.value)
 
 
+def test_messages_beside_a_prompt_are_read(tmp_path, capsys):
+    row = dict(prompt="hi", prompt_id=7, messages=[*TALK, dict(role="user", content="And 3+3?")])
+    (tmp_path / "ultra.jsonl").write_text(json.dumps(row))
+    assert train_nlg.read_rows(str(tmp_path / "ultra.jsonl")) == [(TALK[:2], "", "4")]
+    assert "read messages; not read: prompt_id" in capsys.readouterr().out
+
+
 def test_unread_columns_are_named(shared, capsys):
     train_nlg.read_rows(str(CASES / "dolly.jsonl"))
     assert "not read: context, category" in capsys.readouterr().out
