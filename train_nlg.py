@@ -67,7 +67,7 @@ class Settings:
     max_len: int = 512                # tokens of prompt + response; longer rows are dropped
     # adapter
     r: int = 16                       # rank, at least 1
-    alpha: float = 16                 # the bracket counts alpha / r, above 0
+    alpha: float = 16.0               # the bracket counts alpha / r, above 0
     targets: str = ""                 # comma-separated layer names or patterns; empty: the seven projections
     calibration: int = 64             # lora-ga, corda, corda++: rows to measure on (CorDA's paper: 256)
     options: dict = field(default_factory=dict)  # the method's own options, such as --niter=0 with pissa

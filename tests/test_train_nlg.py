@@ -445,3 +445,8 @@ def test_a_gradient_of_zero_is_a_divergence(base, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.zeros(()))
     with pytest.raises(ValueError, match="step 0: the loss or its gradient is not finite, or zero"):
         train("--max_iters=3", "--out_dir=dead")
+
+
+def test_numbers_of_the_settings_take_fractions():
+    s = train_nlg.parse(train_nlg.Settings, ["--alpha=2.5", "--epochs=0.5"], train_nlg.PRESETS, by=["init"])
+    assert (s.alpha, s.epochs) == (2.5, 0.5)
