@@ -445,9 +445,7 @@ def init_corda(W, r, s, rng, covariance, keep="first", **_):
     """Triplets of W C̃ = U S Qᵀ with Vᵀ = Qᵀ C̃⁻¹, C̃ the inputs' damped covariance (Yang et al. 2024)."""
     damped, inverse, _ = covariance
     U, S, Qt = torch.linalg.svd(W.float() @ damped, full_matrices=False)
-    part = (
-        slice(None, r) if keep == "first" else slice(-r, None)
-    )  # instruction-previewed, knowledge-preserved
+    part = slice(None, r) if keep == "first" else slice(-r, None)  # what inputs use (IPM) or not (KPM)
     return split(U[:, part], S[part], Qt[part] @ inverse, s)
 
 

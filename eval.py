@@ -464,9 +464,9 @@ def extract_code(text):
     indented, as in a list; `from __future__`, which has to stand first, goes.
     """
     for fence in (r"(?:python|py)\w*[^\S\n]*", r"[^\n`]*"):
-        block = re.search(rf"(?ism)^([^\S\n]*)```{fence}\n(.*?)(?:^\1```|\Z)", text)
+        block = re.search(rf"(?is)(?m:^([^\S\n]+))?```{fence}\n(.*?)(?:```|\Z)", text)
         if block:
-            text = re.sub(rf"(?m)^{block[1]}", "", block[2])
+            text = re.sub(rf"(?m)^{block[1] or ''}", "", block[2])
             break
     code = re.split(r"(?m)^(?:if __name__\b|# Example usage|assert\b)", text)[0]
     code = re.sub(r"(?m)^from __future__ .*\n?", "", code)

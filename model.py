@@ -549,9 +549,10 @@ class Transformer(Stack):
     def compile_blocks(self):
         """torch.compile every block in place; the first batch of a new kind takes about a minute."""
         torch._dynamo.config.recompile_limit = 64  # training, teacher and evaluation are different kinds
+        torch._inductor.config.cpp.simdlen = 256  # torch 2.13's kernels of 512 bits transpose bf16 wrongly
         for part in self.modules():
-            if isinstance(part, Block):  # CPU kernels of 512 bits transpose bf16 wrongly (torch 2.13: NaN)
-                part.compile(options={"cpp.simdlen": 256})
+            if isinstance(part, Block):
+                part.compile()
 
     @torch.no_grad()
     def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
@@ -1129,7 +1130,8 @@ def byte_pairs(vocab_file, merges_file):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tok = Tokenizer(models.BPE.from_file(vocab_file, merges_file))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     ends = [(token, tok.token_to_id(token)) for token in ("</s>", "<s>")]
     tok.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
     tok.add_special_tokens(["<s>", "</s>", "<pad>"])
@@ -1190,9 +1192,8 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     if not config.eos and task == "lm":
         raise ValueError(f"{folder}: neither its tokenizer nor its configs name an end token (eos_token)")
     if tok.size > config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has ids up to {tok.size - 1}, the network {config.vocab_size}"
-        )
+        ids = f"ids up to {tok.size - 1}, the network {config.vocab_size}"
+        raise ValueError(f"{folder}: the tokenizer has {ids}")
     config.sep = tok.between[0] if tok.between else config.sep
     config = replace(config, **{name: x for name, x in changes.items() if x is not None})
     with torch.device("meta"):

@@ -123,7 +123,7 @@ def check(s):
     """Fill in what follows from other settings; refuse what makes no sense, by name."""
     check_method(s, paper_lambdas=(0.025, 0.005, 0.005))
     if s.method in balora.ENCODERS_ONLY:
-        raise ValueError(f"--method={s.method} needs an encoder with biases, which train_nlu.py tunes")
+        raise ValueError(f"--method={s.method} needs an encoder, which train_nlu.py tunes")
     if not (s.data or s.dry_run or s.init == "tiny"):
         raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
@@ -408,7 +408,7 @@ def update(s, run, net, terms, step, max_iters, lr, budget):
     overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this step out
     terms["skipped"] = run.skipped = (run.skipped + 1) * overflow
     if not overflow or run.skipped > 20:
-        run.check_finite(step, lr, terms["task"], norm or math.nan)
+        run.check_finite(step, lr, terms["task"], norm or math.nan)  # zero: the network has died
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["ratio"]
     run.scaler.step(run.optimizer)
@@ -464,9 +464,8 @@ def print_estimate(s, net, report, ids, extra):
     if s.checkpointing:  # one block in full, and the input of each
         inputs = net.config.n_layers * ids.numel() * net.config.d * net.embed.weight.element_size()
         activations = activations / net.config.n_layers + inputs
-    frozen = [tensor for tensor in [*net.parameters(), *net.buffers()] if not tensor.requires_grad]
     parts = {
-        "frozen weights": sum(tensor.nbytes for tensor in frozen),
+        "frozen weights": sum(t.nbytes for t in [*net.parameters(), *net.buffers()] if not t.requires_grad),
         "what trains, its gradients, AdamW's moments (fp32)": 16 * report.trainable,
         "16-bit copies of what trains": 2 * report.trainable * (net.embed.weight.element_size() == 2),
         f"activations, {ids.shape[0]} x {ids.shape[1]} tokens": activations,
@@ -475,7 +474,8 @@ def print_estimate(s, net, report, ids, extra):
     parts["together"] = sum(parts.values())
     print(f"tokens per step: at most {s.batch_size} x {s.max_len}. Memory, estimated (GiB):")
     for name, size in parts.items():
-        print(f"  {name:<54}{size / 2**30:8.2f}")
+        if size:
+            print(f"  {name:<54}{size / 2**30:8.2f}")
 
 
 # Okabe & Ito: colours that colour-blind readers can tell apart.
@@ -593,9 +593,8 @@ def read_records(data, option="--data"):
     if kind not in KINDS or not os.path.isfile(data):
         raise ValueError(f"{option}={data}: expected an existing {' '.join(KINDS)} file or a hub data set")
     opener = gzip.open if data.endswith(".gz") else open
-    with model.reading(data, f"expected rows in {kind}"):
-        with opener(data, "rb") as f:
-            records = parse_records(f, kind)
+    with model.reading(data, f"expected rows in {kind}"), opener(data, "rb") as f:
+        records = parse_records(f, kind)
         if not isinstance(records, list) or {type(record) for record in records} - {dict}:
             raise ValueError("expected a list of objects")
         if not records:
@@ -630,9 +629,8 @@ def read_hub(data, option):
     import datasets
 
     name, _, split = data.partition(":")
-    with model.reading(
-        f"{option}={data}, which is no file here, of the hub", "give a file that was downloaded elsewhere"
-    ):
+    source = f"{option}={data}, which is no file here, of the hub"
+    with model.reading(source, "give a file that was downloaded elsewhere"):
         names = datasets.get_dataset_config_names(name)
         config = next((config for config in ("main", "full") if config in names), None)
         return datasets.load_dataset(name, config, split=split or "train").to_list()
@@ -683,7 +681,8 @@ def encode_rows(rows, tok, template, max_len):
         if template == "chat":
             prompt, answer = tok.chat_example(prompt, response)
         else:
-            prompt, answer = encode_prompt(tok, prompt), [*tok.encode(response), tok.eos]
+            prompt = encode_prompt(tok, prompt)
+            answer = [*tok.encode(response), tok.eos]
         if len(prompt) + len(answer) > max_len:
             dropped[f"longer than {max_len} tokens"] += 1
         else:
@@ -849,9 +848,11 @@ def load_rows(s):
     if s.data:
         rows = read_rows(s.data, s.prompt_field, s.response_field, s.max_rows)
     else:
-        rows = tiny_rows(s.seed, s.eval_rows)[-s.max_rows :]
+        rows = tiny_rows(s.seed, s.eval_rows)[: s.max_rows or None]
     if len(rows) <= s.eval_rows:
-        raise ValueError(f"{s.data}: {len(rows)} rows, and --eval_rows={s.eval_rows} holds out all of them")
+        raise ValueError(
+            f"{s.data or s.init}: {len(rows)} rows, and --eval_rows={s.eval_rows} holds out all of them"
+        )
     return rows[: -s.eval_rows], rows[-s.eval_rows :]
 
 
@@ -867,8 +868,7 @@ def encode_examples(s, net, tok, rows, held_out):
             f"{sizes}, and the model's context is {net.config.max_len}; lower --max_len, --max_new"
         )
     prompt, answer = train[0]
-    labelled = f"⟦{tok.decode(answer[:-1])} EOS⟧"
-    print(f"first example, the labelled part between ⟦ ⟧:\n{tok.decode(prompt)}{labelled}\n")
+    print(f"first example, labels between ⟦ ⟧:\n{tok.decode(prompt)}⟦{tok.decode(answer[:-1])} EOS⟧\n")
     return train, held_out
 
 

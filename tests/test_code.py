@@ -38,6 +38,7 @@ def sandbox():
             "def f(x):\n    return x\n",
         ),
         ("```\nx = 1\n```", "x = 1\n"),
+        ("Answer: ```python\n    return 1```\nIt is one.", "    return 1"),
         ("```bash\npip install x\n```\n```Python3 \nx = 1\n```", "x = 1\n"),
         ("```python\nx = 1", "x = 1"),
         ("\n \n    return 1\n", "    return 1\n"),
