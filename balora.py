@@ -245,8 +245,8 @@ class LoRA(nn.Module):
     def __init__(self, linear, A0, B0, s):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.A = nn.Parameter(A0.float().clone(memory_format=torch.contiguous_format))
-        self.B = nn.Parameter(B0.float().clone(memory_format=torch.contiguous_format))
+        self.A = nn.Parameter(A0.float().clone())
+        self.B = nn.Parameter(B0.float().clone())
         self.s, self.on = s, True
 
     def factors(self):
@@ -675,26 +675,26 @@ class Report:
             ends = " ... ".join(dict.fromkeys([names[0], names[-1]]))
             lines.append(f"  {pattern:<12} {len(names):>4} layers   {ends}")
         lines += [f"  {note}" for note in self.notes]
-        lines.append(
-            f"  trainable {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f} %)"
-        )
+        share = 100 * self.trainable / self.total
+        lines.append(f"  trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)")
         if self.head:
             lines[-1] += f": {self.trainable - self.head:,} by the method, {self.head:,} in the head"
         return "\n".join(lines)
 
 
 def attach(
-    model, method="balora", r=16, alpha=None, targets=None, seed=0, calibrate=None, state=None, **options
+    model, method="balora", r=16, alpha=None, targets=None, seed=0, calibrate=None, state=None, mine=(), **own
 ):
     """Freeze `model`, any module that holds nn.Linear layers, and make it trainable by `method` -> Report
 
-    r: rank, or width of a bottleneck. alpha: s = alpha / r; None: r. options: the method's own, see METHODS.
+    r: rank, or width of a bottleneck. alpha: s = alpha / r; None: r. own: the method's options, see METHODS.
     targets: names or patterns of layers ("q_proj", "layers.0.*"); None: all that the method is made for.
     calibrate(turn): runs the model on some rows, one at a time (LoRA-GA: backward, too).
     state {name: tensor}: a checkpoint to go on from; nothing is measured. On the meta device: shapes alone.
+    mine: a slice of the layers; the others begin with zeros, and another process makes their starts.
     Submodules named in model.trained_whole (a head) train, too. ValueError for whatever does not fit.
     """
-    options = method_options(method, options)
+    options = method_options(method, own)
     alpha = r if alpha is None else alpha
     if r < 1 or alpha <= 0:
         raise ValueError(f"r={r}, alpha={alpha}: r must be at least 1, alpha above 0")
@@ -705,7 +705,7 @@ def attach(
     model.requires_grad_(kind is None)
     if kind is not None:
         report.matched = match(model, targets, kind)
-        found = starts(model, report, seed, calibrate, state)
+        found = starts(model, report, seed, calibrate, state, mine)
         layers = {name: new_layer(model, name, kind, seed, *start) for name, *start in found}
         for name, layer in layers.items():
             model.set_submodule(name, layer)
@@ -722,8 +722,8 @@ def attach(
     return report
 
 
-def starts(model, report, seed, calibrate, state):
-    """Yield (layer's name, rank, s, (A0, B0)); None in place of the pair: zeros, to be filled by `state`."""
+def starts(model, report, seed, calibrate, state, mine):
+    """Yield (layer's name, rank, s, (A0, B0)); None in place of the pair: zeros, to be filled later."""
     spec = METHODS[report.method]
     names = list(dict.fromkeys(name for found in report.matched.values() for name in found))
     rank = report.r
@@ -746,6 +746,9 @@ def starts(model, report, seed, calibrate, state):
     if spec.statistic is not None:
         measured = measure(model, names, report, calibrate)
     for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=None):
+        if mine and name not in names[mine]:
+            yield name, rank, s, None
+            continue
         W = off_mps(model.get_submodule(name).weight.detach())
         rng = layer_rng(seed, name, W.device)
         yield name, rank, s, spec.init(W, rank, s, rng, found, **report.options)
@@ -794,7 +797,7 @@ def new_layer(model, name, kind, seed, rank, s, start=None):
         return kind(module, model.width, rank, layer_rng(seed, name, device)).to(device)
     W = module.weight
     A0, B0 = start or (W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank))
-    return kind(module, A0.to(W.device), B0.to(W.device), s)
+    return kind(module, A0.to(W.device).contiguous(), B0.to(W.device).contiguous(), s)
 
 
 def layer_rng(seed, name, device):
@@ -938,8 +941,6 @@ FORMS = {  # of a kind of layer: peft_type, {a tensor's name in the file: its na
     Houlsby: ("HOULSBY", BOTTLENECK),
     Pfeiffer: ("PFEIFFER", BOTTLENECK),
 }
-
-
 # Settings of adapter_config.json that are read, and those that say nothing about how the tensors act.
 READ = "peft_type r lora_alpha alpha_pattern rank_pattern use_rslora use_dora init_lora_weights"
 HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
@@ -1042,9 +1043,8 @@ def load_adapter(model, folder):
     for name, p in places.items():
         w = state[name]
         if w.shape != p.shape or not w.is_floating_point() or not w.isfinite().all():
-            raise ValueError(
-                f"{path}: {name} is {w.dtype} {list(w.shape)}, not finite floats {list(p.shape)}"
-            )
+            found = f"{name} is {w.dtype} {list(w.shape)}"
+            raise ValueError(f"{path}: {found}, not finite floats {list(p.shape)}")
     model.requires_grad_(False)  # nothing was changed up to here
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -39,6 +39,7 @@ import model
 from train_nlg import (
     COLOURS,
     FREE,
+    RANKS,
     TEMPLATES,
     add_option,
     append,
@@ -51,9 +52,9 @@ from train_nlg import (
     fill,
     last_name,
     measure,
+    new_figure,
     parse_options,
     plot_curves,
-    pyplot,
     read_lines,
     read_records,
     read_rows,
@@ -493,9 +494,7 @@ def code_benchmark(subject, file, data, problems, execute):
     programs = []
     for problem, line in zip(problems, lines):
         code = completion(line["answer"], problem["function"])
-        name = (
-            f"def {problem['function']}("  # the first block counts, also where the function is in a later one
-        )
+        name = f"def {problem['function']}("  # the first block counts, even if a later one has the function
         missed = name in line["answer"] and name not in code
         samples.append(dict(task_id=problem["id"], completion=code, function_in_later_block=missed))
         programs.append([problem["head"] + code, problem["tests"]])
@@ -564,9 +563,7 @@ def sandbox_command():
     for prefix in (sys.prefix, sys.base_prefix):
         for folder in (prefix, os.path.realpath(prefix)):
             paths.append(folder)
-            if (
-                os.stat(folder).st_mode & 0o005 != 0o005
-            ):  # the user `nobody` cannot open it: mount its entries
+            if os.stat(folder).st_mode & 0o005 != 0o005:  # closed to the user `nobody`: mount its entries
                 paths[-1:] = [os.path.join(folder, name) for name in os.listdir(folder)]
     command = "bwrap --die-with-parent --unshare-net --unshare-pid --unshare-ipc --unshare-uts".split()
     inner = "setpriv --no-new-privs".split()
@@ -725,8 +722,7 @@ def features(*runs, out="out/features.png"):
     words = read_features(runs[0])[3]
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
-    size = (3.4 * columns, 3.2 * lines)
-    fig, axes = pyplot().subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    fig, axes = new_figure(lines, columns, (3.4 * columns, 3.2 * lines))
     for ax in axes.flat:
         ax.axis("off")
     print(f"run, rows, silhouette, recall of {', '.join(words)}")
@@ -953,9 +949,8 @@ def print_gains(gains, by, against):
 def plot_table(frame, value, path):
     """A panel per column: for each row a dot per seed and a bar at their mean."""
     columns = [name for name in frame.column.unique() if name not in COSTS]
-    how = dict(layout="constrained", squeeze=False, sharey=True)
     size = (4.2 * len(columns), 1.2 + 0.3 * frame.label.nunique())
-    fig, axes = pyplot().subplots(1, len(columns), figsize=size, **how)
+    fig, axes = new_figure(1, len(columns), size, sharey=True)
     for ax, column in zip(axes.flat, columns):
         rows = frame[frame.column == column]
         means = rows.groupby("label", sort=False)[value].mean()
@@ -1015,6 +1010,8 @@ NOTES = {                             # of the options that are not of Subject
 
 
 def main(argv):
+    if RANKS > 1:
+        raise ValueError("eval.py runs in one process; start it without torchrun")
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
         print(f"{__doc__}\ncommands (COMMAND --help: its options)")

@@ -109,9 +109,7 @@ PUBLISHED = {                         # config.json of known models, so that --d
                   "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
     "deberta-v3-base": {"model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768,
                         "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                        "max_position_embeddings": 512, "position_buckets": 256, "relative_attention": True,
-                        "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                        "position_biased_input": False, "type_vocab_size": 0},
+                        "max_position_embeddings": 512, "position_buckets": 256},
     "t5-base": {"model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64,
                 "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
 }
@@ -382,7 +380,7 @@ class Stack(nn.Module):
         first = 0 if cache is None else cache.length - L
         if c.window and first + L > c.window:
             raise ValueError(
-                f"{first + L} tokens, and the model's sliding_window is {c.window}: use shorter ones"
+                f"{first + L} tokens; the model's sliding_window is {c.window}: use shorter ones"
             )
         bias = self.allowed_keys(mask, L, x.device) if first == 0 else cache.real[:, None, None]
         position = None
@@ -400,8 +398,8 @@ class Stack(nn.Module):
                 position = self.drop(distances)  # anew in each layer
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, position, bias, None, memory, memory_bias, use_reentrant=False)
-            elif cache is not None:  # .forward by-passes the compiled block, which knows few lengths
-                x = layer.forward(x, position, bias, partial(cache.extend, i))
+            elif cache is not None:  # by-passes the compiled block, which knows few lengths, but no hook
+                x = layer._call_impl(x, position, bias, partial(cache.extend, i))
             else:
                 x = layer(x, position, bias, None, memory, memory_bias)
         return self.drop(self.norm(x)) if c.pre else x
@@ -766,8 +764,7 @@ ENCODER_ALLOWS = dict(hidden_act=["gelu"], position_embedding_type=["absolute", 
 DECODER_ALLOWS = dict(attention_bias=[False, None], mlp_bias=[False, None], hidden_act=["silu"])
 ALLOWED = {                           # settings of config.json that the network has with these values only
     "llama": DECODER_ALLOWS, "mistral": DECODER_ALLOWS, "qwen2": DECODER_ALLOWS, "qwen3": DECODER_ALLOWS,
-    "bert": ENCODER_ALLOWS,
-    "roberta": ENCODER_ALLOWS,
+    "bert": ENCODER_ALLOWS, "roberta": ENCODER_ALLOWS,
     "deberta-v2": dict(
         ENCODER_ALLOWS, relative_attention=[True], share_att_key=[True], norm_rel_ebd=["layer_norm"],
         position_biased_input=[False], type_vocab_size=[0], pooler_hidden_act=["gelu"],
@@ -1192,8 +1189,7 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
     if not config.eos and task == "lm":
         raise ValueError(f"{folder}: neither its tokenizer nor its configs name an end token (eos_token)")
     if tok.size > config.vocab_size:
-        ids = f"ids up to {tok.size - 1}, the network {config.vocab_size}"
-        raise ValueError(f"{folder}: the tokenizer has {ids}")
+        raise ValueError(f"{folder}: the tokenizer has {tok.size} tokens, the network {config.vocab_size}")
     config.sep = tok.between[0] if tok.between else config.sep
     config = replace(config, **{name: x for name, x in changes.items() if x is not None})
     with torch.device("meta"):
@@ -1260,10 +1256,12 @@ def download(repo, small):
 
 
 def pick_device(device):
-    """Of "auto": CUDA, then MPS, then the CPU; a device that is not here is an error."""
+    """Of "auto": CUDA (behind torchrun this rank's), MPS, the CPU; a device that is not here is an error."""
     if device == "auto":
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         device = next(kind for kind in here if here[kind])
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device += ":" + os.environ["LOCAL_RANK"]
     try:
         torch.empty(1, device=device)
         if device.startswith("cuda:"):
@@ -1312,8 +1310,16 @@ def kept_bytes(function, *args):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def reset_peak_memory(device):
+    """Let peak_memory count from now on (on a CUDA device, and on Linux where it may)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+
+
 def peak_memory(device):
-    """Peak memory so far in GiB: allocated on the CUDA device, otherwise resident in this process."""
+    """Peak memory in GiB: allocated on the CUDA device, otherwise resident in this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     if os.path.exists("/proc/self/status"):

@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import gzip
 import inspect
@@ -26,16 +27,19 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -85,7 +89,7 @@ class Settings:
     learning_rate: float = 2e-4       # peak, reached after warm-up, then cosine to 0
     warmup: float = 0.03              # share of the steps
     batch_size: int = 16              # sequences per optimizer step
-    micro_batch: int = 0              # sequences at a time; 0: batch_size. L_SVDR sees one micro-batch
+    micro_batch: int = 0              # sequences at a time; 0: a rank's share. L_SVDR sees one micro-batch
     epochs: float = 1.0               # passes over the data
     max_iters: int = 0                # optimizer steps; 0: what epochs gives
     weight_decay: float = 0.0         # AdamW's, decoupled
@@ -95,6 +99,8 @@ class Settings:
     dtype: str = "auto"               # of frozen weights, of computing: auto, float32, bfloat16, float16
     compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
     checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
+    shard: bool = False               # behind torchrun: spread the blocks' frozen weights over the ranks
+    ranks: int = 0                    # as torchrun says; with --dry_run: estimate for so many
     # evaluation and saving
     eval_interval: int = 50           # steps between evaluations on held-out rows; a checkpoint follows each
     eval_generate: int = 16           # held-out prompts to answer at each evaluation; 0: none
@@ -127,7 +133,11 @@ def check(s):
     if not (s.data or s.dry_run or s.init == "tiny"):
         raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
-    s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
+    check_ranks(s)
+    if s.shard and s.ranks == 1:
+        raise ValueError("--shard spreads over ranks: start them by torchrun --nproc_per_node=N")
+    if s.shard and (s.method == "full" or balora.METHODS[s.method].statistic):
+        raise ValueError(f"--shard: {s.method} needs whole weights on every rank; leave one of the two out")
     check_numbers(vars(s) | s.options, POSITIVE, SHARES)
 
 
@@ -137,12 +147,11 @@ def check(s):
 
 def add_option(parser, name, kind, note):
     """--name=value or --name value; of a bool also --name and --no-name. Absent where it is not given."""
-    more = dict(type=kind, metavar=kind.__name__)
+    how = dict(type=kind, metavar=kind.__name__)
     if kind is bool:
-        more = dict(nargs="?", const=True, type=truth, metavar="true|false")
-        hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        parser.add_argument(f"--no-{name}", dest=name, action="store_false", **hidden)
-    parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note.replace("%", "%%"), **more)
+        how = dict(nargs="?", const=True, type=truth, metavar="true|false")
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", default=SUPPRESS, help=SUPPRESS)
+    parser.add_argument(f"--{name}", default=SUPPRESS, help=note.replace("%", "%%"), **how)
 
 
 def truth(text):
@@ -222,23 +231,114 @@ def check_method(s, paper_lambdas):
 
 def run_main(main):
     """Run main(argv). What a user caused is one line and exit code 2; `python -X dev` shows where."""
+    stderr = sys.stderr
+    store = join_ranks() if RANKS > 1 else None
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        if sys.flags.dev_mode:
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        if store:
+            dist.destroy_process_group()
+        return
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was (training: add --resume)", file=sys.stderr)
-        sys.exit(130)
+        status, words = 130, "\nstopped; the same command goes on where it was (training: add --resume)"
+    except Exception as e:  # also of a connection that another rank has left
+        if sys.flags.dev_mode or not (store or isinstance(e, ValueError | OSError)):
+            raise
+        status, words = 2, f"error: {e}"
+    if store is None or store.add("errors", 1) == 1:  # the first rank that fails says why
+        print(words, file=stderr, flush=True)
+    if store:
+        os._exit(2)  # without waiting for the other ranks
+    sys.exit(status)
+
+
+# -----------------------------------------------------------------------------
+# Ranks: torchrun starts a process per device, and each takes its share of every step's micro-batches
+
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of one machine
+
+
+def join_ranks():
+    """Meet the other ranks -> the store of keys and values that they share. Rank 0 alone prints."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    patience = datetime.timedelta(hours=12)  # others wait while rank 0 downloads and pre-trains
+    dist.init_process_group(store=store, rank=RANK, world_size=RANKS, timeout=patience)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun ends all ranks when one has failed
+    if RANK > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return store
+
+
+def check_ranks(s):
+    """Fill in ranks and micro_batch: as given, as in the run to resume, or a rank's share of the batch."""
+    if s.ranks not in (0, RANKS) and not s.dry_run:
+        raise ValueError(f"--ranks={s.ranks} is for --dry_run; torchrun --nproc_per_node=N starts N ranks")
+    s.ranks = s.ranks or RANKS
+    record = os.path.join(s.out_dir, "config.json")
+    if s.resume and not s.micro_batch and os.path.exists(record):
+        s.micro_batch = read_run(s.out_dir)["settings"]["micro_batch"]
+    s.micro_batch = min(s.micro_batch or max(1, s.batch_size // s.ranks), s.batch_size)
+    parts = math.ceil(s.batch_size / s.micro_batch)
+    if parts < s.ranks:
+        raise ValueError(f"{s.ranks} ranks, {parts} micro-batches of {s.micro_batch}: lower --micro_batch")
+
+
+def share_starts(net, report):
+    """Send every layer's start from the rank that made it to all; what else trains is rank 0's."""
+    dist.barrier()  # rank 0 changes the run's folder only when all have looked at it
+    layers = dict.fromkeys(name for names in report.matched.values() for name in names)
+    owner = {name: i % RANKS for i, name in enumerate(layers)}
+    for name, tensor in trained_state(net).items():
+        dist.broadcast(tensor, src=owner.get(name.rpartition(".")[0], 0))
+
+
+def own_parts(rows, size):
+    """Micro-batches of a step, with weight 1; number i goes to rank i mod RANKS."""
+    parts = [(rows[first : first + size], 1) for first in range(0, len(rows), size)]
+    while len(parts) % RANKS:
+        parts.append((rows[:1], 0))  # weighs nothing: with --shard all ranks have to compute equally often
+    return parts[RANK::RANKS]
+
+
+def add_up(tensors):
+    """Sum tensors over the ranks, in place, eight in a message."""
+    for first in range(0, len(tensors), 8):
+        group = tensors[first : first + 8]
+        message = torch.cat([tensor.flatten() for tensor in group])
+        dist.all_reduce(message)
+        for tensor, total in zip(group, message.split([tensor.numel() for tensor in group])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def shard(net, device):
+    """Spread the frozen weights of the blocks over the ranks (FSDP2); everything else is on each of them."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = dist.init_device_mesh(device.split(":")[0], (RANKS,))
+    spread = {p for p in net.layers.parameters() if not p.requires_grad}
+    whole = {p for p in net.parameters() if p not in spread}
+    for p in whole:
+        p.data = p.data.to(device)
+    for block in (*net.layers, net):
+        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    register_fsdp_forward_method(net, "hidden")
+
+    def agreed(*args):
+        """The next tokens by rank 0: all ranks go on with the same."""
+        tokens = pick(*args)
+        dist.broadcast(tokens, src=0)
+        return tokens
+
+    pick = model.pick
+    model.pick = agreed
 
 
 # -----------------------------------------------------------------------------
 # A run's folder: config.json, log.jsonl, eval.json, checkpoint.pt, adapter/, loss.png
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FREE = ("resume", "overwrite", "out_dir", "dry_run")  # settings that do not make another run
+FREE = "resume overwrite out_dir dry_run ranks shard".split()  # settings that do not make another run
 
 
 class Run:
@@ -250,17 +350,15 @@ class Run:
         self.out = s.out_dir
         self.record = None  # config.json, of a run that is there already
         self.evaluations = []  # eval.json
-        self.skipped = 0  # steps in a row that float16 could not take
         if not os.path.exists(self.path("config.json")):
             return
         self.record = read_run(self.out)
         old = self.record["settings"]
-        new = dataclasses.asdict(s)
-        changed = [name for name in new if name not in FREE and old.get(name) != new[name]]
-        words = "; ".join(f"{name} ({old.get(name)} there, {new[name]} here)" for name in changed[:3])
+        changed = [name for name, value in vars(s).items() if name not in FREE and old.get(name) != value]
         if changed and (s.resume or not s.overwrite):
-            ways = "choose another --out_dir, or --overwrite"
-            raise ValueError(f"{self.out} holds another run: {words}; {ways}")
+            words = [f"{name} ({old.get(name)} there, {vars(s)[name]} here); " for name in changed[:3]]
+            words += ["choose another --out_dir, or --overwrite"]
+            raise ValueError(f"{self.out} holds another run: {''.join(words)}")
         if not (s.resume or s.overwrite):
             raise ValueError(f"{self.out} holds this run: --resume goes on with it, --overwrite repeats it")
 
@@ -284,6 +382,7 @@ class Run:
         """Write config.json and make AdamW, or restore what `start` holds. -> the step to go on with"""
         step = 0
         s = self.s
+        self.device = device
         named = {name: p for name, p in net.named_parameters() if p.requires_grad}
         groups = balora.param_groups(named, s.method, s.options.get("lora_plus_ratio", 1.0), s.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.startswith("cuda"))
@@ -293,17 +392,16 @@ class Run:
             step = start["step"]
             self.optimizer.load_state_dict(start["optimizer"])
             self.scaler.load_state_dict(start["scaler"])
-            torch.set_rng_state(start["rng"])
-            if start["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(start["cuda_rng"])
-        else:
+        if RANK > 0:
+            return step
+        if not start:
             for name in os.listdir(self.out) if self.record else ():  # what an earlier run left here
                 if name.endswith((".jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png")):
                     os.remove(self.path(name))
                 elif name in ("adapter", "model"):
                     shutil.rmtree(self.path(name))
             base = os.path.abspath(base) if os.path.exists(base) else base
-            self.record = dict(settings=dataclasses.asdict(s), source=net.source, base=base)
+            self.record = dict(settings=vars(s), source=net.source, base=base)
             self.record |= dict(weights_hash=net.weights_hash, device=model.device_name(device))
             command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
             git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
@@ -320,18 +418,37 @@ class Run:
     def add_evaluation(self, record):
         """Print it, and put it into eval.json."""
         self.evaluations.append(record)
-        write_text(self.path("eval.json"), json.dumps(self.evaluations, indent=1))
+        if RANK == 0:
+            write_text(self.path("eval.json"), json.dumps(self.evaluations, indent=1))
         shown = [f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float)]
         print(f"eval at step {record['step']} | " + " | ".join(shown), flush=True)
 
     def save(self, step, net, **more):
         """Write checkpoint.pt: all that a run needs to go on from `step`, but for the frozen weights."""
-        frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
-        trained = {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
-        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        state = dict(step=step, net=trained, optimizer=self.optimizer.state_dict(), **more)
-        state |= dict(scaler=self.scaler.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        if RANK > 0:
+            return
+        state = dict(step=step, net=trained_state(net), optimizer=self.optimizer.state_dict(), **more)
+        state["scaler"] = self.scaler.state_dict()
         balora.write_atomic(self.path("checkpoint.pt"), functools.partial(torch.save, state))
+
+    def log(self, step, max_iters, terms, lambdas, norm, lr, tokens, clock):
+        """A line of log.jsonl: terms and their weights, gradient norm, rate, speed, memory. Printed, too."""
+        seconds = time.time() - clock
+        record = dict(step=step, **terms, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)))
+        record |= dict(grad_norm=norm, lr=lr, seconds=seconds, tokens_per_s=tokens / seconds)
+        peak = torch.tensor(model.peak_memory(self.device), device=self.device)
+        if RANKS > 1:
+            dist.all_reduce(peak, dist.ReduceOp.MAX)
+        record["peak_GiB"] = peak.item()
+        if RANK == 0:
+            append(self.path("log.jsonl"), record)
+        if step % self.s.log_interval == 0 or step == max_iters:
+            words = [f"step {step:>5}/{max_iters}"]
+            for name, value in record.items():
+                if value is not None and name not in ("step", "seconds"):
+                    words.append(f"{name} {value:.5g}")
+            words.append(f"ETA {(max_iters - step) * seconds / 60:.0f} min")
+            print(" | ".join(words), flush=True)
 
     def check_finite(self, step, lr, *values):
         """Raises ValueError where a tensor or number of this step is not finite."""
@@ -339,6 +456,12 @@ class Run:
             reason = f"the loss or its gradient is not finite, or zero; lower --learning_rate ({lr:.2g})"
             kept = ", the last checkpoint is kept" if os.path.exists(self.path("checkpoint.pt")) else ""
             raise ValueError(f"step {step}: {reason}{kept}")
+
+
+def trained_state(net):
+    """{name: tensor} of all that is not as in the checkpoint: what trains, and the buffers of adapters."""
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
 
 
 def write_text(path, text):
@@ -391,24 +514,33 @@ def attach(s, net, state=None, examples=(), loss_of=None):
             raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
         chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
     targets = s.targets and s.targets.split(",")
-    report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, **s.options)
+    mine = slice(RANK, None, RANKS)  # of the layers, those whose starts are made here
+    report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, mine, **s.options)
+    if RANKS > 1:
+        share_starts(net, report)
     print(report)
     return report
 
 
 def update(s, run, net, terms, step, max_iters, lr, budget):
     """Clip the gradient, take AdamW's step and, with adalora, prune. -> gradient's norm, None: skipped"""
+    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+    if RANKS > 1:
+        values = [[value or 0.0, value is not None] for value in terms.values()]
+        sums = torch.tensor(values, device=run.device)
+        add_up([p.grad for p in trained] + [sums])
+        for name, (value, acts) in zip(terms, sums.tolist()):
+            terms[name] = value if acts else None
     if budget:
         orthogonality = balora.orthogonality(net)
         run.scaler.scale(s.options["orthogonality"] * orthogonality).backward()
         terms["orth"] = orthogonality.item()
     run.scaler.unscale_(run.optimizer)
-    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, s.grad_clip or math.inf).item()
     overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves this step out
-    terms["skipped"] = run.skipped = (run.skipped + 1) * overflow
-    if not overflow or run.skipped > 20:
+    if not overflow or run.scaler.get_scale() < 2**-4:  # it has halved its 2**16 twenty times
         run.check_finite(step, lr, terms["task"], norm or math.nan)  # zero: the network has died
+    terms["skipped"] = int(overflow)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["ratio"]
     run.scaler.step(run.optimizer)
@@ -426,25 +558,10 @@ def accumulate(terms, values, share):
             terms[name] = (terms[name] or 0.0) + share * value.item()
 
 
-def step_record(step, terms, lambdas, norm, lr, tokens, seconds, device):
-    """A line of log.jsonl: the terms and their weights, gradient norm, rate, speed, peak memory."""
-    record = dict(step=step, **terms, **dict(zip(("lambda1", "lambda2", "lambda3"), lambdas)))
-    record |= dict(grad_norm=norm, lr=lr, seconds=seconds, tokens_per_s=tokens / seconds)
-    return record | dict(peak_GiB=model.peak_memory(device))
-
-
-def progress_line(record, max_iters):
-    """A line of log.jsonl as it is printed, with the time that is left."""
-    words = [f"step {record['step']:>5}/{max_iters}"]
-    for name, value in record.items():
-        if value is not None and name not in ("step", "seconds"):
-            words.append(f"{name} {value:.5g}")
-    minutes = (max_iters - record["step"]) * record["seconds"] / 60
-    return " | ".join([*words, f"ETA {minutes:.0f} min"])
-
-
 def finish(s, run, net):
     """Save adapter/, or after full tuning model/; draw loss.png; print the first and the last evaluation."""
+    if RANK > 0:
+        return
     if s.method == "full":
         net.save(run.path("model"))
     else:
@@ -482,25 +599,24 @@ def print_estimate(s, net, report, ids, extra):
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def pyplot():
+def new_figure(lines, columns, size, **how):
+    """-> a matplotlib Figure and its axes [lines, columns]"""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    fig = Figure(size, layout="constrained")
+    return fig, fig.subplots(lines, columns, squeeze=False, **how)
 
 
 def save_figure(fig, path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     balora.write_atomic(path, functools.partial(fig.savefig, format="png", dpi=130))
-    pyplot().close(fig)
 
 
 def plot_curves(runs, path):
     """Training loss and gradient norm of each run (the poster's "Optimization Dynamics"), thick: averages."""
-    fig, axes = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    fig, [axes] = new_figure(1, 2, (10, 3.6))
     for run, colour in zip(runs, COLOURS * len(runs)):
         log = read_lines(os.path.join(run, "log.jsonl"))
         if not log:
@@ -850,9 +966,7 @@ def load_rows(s):
     else:
         rows = tiny_rows(s.seed, s.eval_rows)[: s.max_rows or None]
     if len(rows) <= s.eval_rows:
-        raise ValueError(
-            f"{s.data or s.init}: {len(rows)} rows, and --eval_rows={s.eval_rows} holds out all of them"
-        )
+        raise ValueError(f"{s.data or s.init}: --eval_rows={s.eval_rows} holds out all of {len(rows)} rows")
     return rows[: -s.eval_rows], rows[-s.eval_rows :]
 
 
@@ -863,10 +977,8 @@ def encode_examples(s, net, tok, rows, held_out):
     print(f"training: {line}\nheld out: {held_line}")
     longest = max(len(prompt) + len(answer) for prompt, answer in [*train, *held_out])
     if max(longest, s.max_new + 1) > net.config.max_len:
-        sizes = f"rows of {longest} tokens and --max_new={s.max_new}"
-        raise ValueError(
-            f"{sizes}, and the model's context is {net.config.max_len}; lower --max_len, --max_new"
-        )
+        sizes = f"rows of {longest} tokens, --max_new={s.max_new}, a context of {net.config.max_len}"
+        raise ValueError(f"{sizes}: lower --max_len, --max_new")
     prompt, answer = train[0]
     print(f"first example, labels between ⟦ ⟧:\n{tok.decode(prompt)}⟦{tok.decode(answer[:-1])} EOS⟧\n")
     return train, held_out
@@ -892,6 +1004,10 @@ def dry_run(s):
     logits = model.kept_bytes(balora.token_terms, H, y, net.head.detach(), Z_P, s.T, s.K)
     frozen = 4 * report.total * (s.method == "full" and s.lambda1 > 0)
     extra = {f"logits, {rows} rows at a time": logits, "frozen copy (teacher of full tuning)": frozen}
+    if s.shard:
+        blocks = sum(p.nbytes for p in net.layers.parameters() if not p.requires_grad)
+        here = blocks / s.ranks + 2 * blocks / config.n_layers  # its share, and two blocks in use
+        extra[f"of the blocks, what is on other ranks (of {s.ranks})"] = min(0.0, here - blocks)
     print_estimate(s, net, report, ids, extra)
 
 
@@ -906,7 +1022,7 @@ def main(argv):
     dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
-    net, tok = model.load(base, torch.float32 if full else dtype, device)
+    net, tok = model.load(base, torch.float32 if full else dtype, "cpu" if s.shard else device)
     if net.config.family != "llama":
         raise ValueError(f"--init={s.init} is a {net.config.family} model; train_nlu.py tunes those")
     train, held_out = encode_examples(s, net, tok, *rows)
@@ -923,12 +1039,14 @@ def main(argv):
         net.autocast = dtype if dtype != torch.float32 else None
         teacher = copy.deepcopy(net).requires_grad_(False) if s.lambda1 else None
     report = attach(s, net, state, train, row_loss)
-    step = run.begin(net, start, base, device, trainable=report.trainable, notes=report.notes)
-    R = None if full else balora.head_factor(net.head)  # [d, d]: H Rᵀ has the singular values of Z
     net.checkpointing = s.checkpointing
     if s.compile:
         net.compile_blocks()
         balora.token_terms = torch.compile(balora.token_terms)
+    if s.shard:
+        shard(net, device)
+    step = run.begin(net, start, base, device, trainable=report.trainable, notes=report.notes)
+    R = None if full else balora.head_factor(net.head)  # [d, d]: H Rᵀ has the singular values of Z
     net.train()
     print(f"{max_iters} steps of {s.batch_size} sequences, {s.micro_batch} at a time -> {s.out_dir}")
 
@@ -941,8 +1059,9 @@ def main(argv):
     if step == 0:
         evaluate()
     epoch = None
-    clock = time.time()
     while step < max_iters:
+        clock = time.time()
+        model.reset_peak_memory(device)
         # The step's rows and schedules: functions of the seed and the step alone.
         if epoch != step // batches_per_epoch:
             epoch = step // batches_per_epoch
@@ -957,9 +1076,8 @@ def main(argv):
 
         # Forward and backward, one micro-batch at a time.
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
-        for first in range(0, len(rows), s.micro_batch):
-            part = [train[i] for i in rows[first : first + s.micro_batch]]
-            ids, valid, y = collate(part, device)  # [B, L], [B, L], [m]
+        for part, counts in own_parts(rows, s.micro_batch):
+            ids, valid, y = collate([train[i] for i in part], device)  # [B, L], [B, L], [m]
             H_P = E_P = None
             if taught:
                 with balora.teacher(teacher):
@@ -970,24 +1088,18 @@ def main(argv):
             total, values = balora.loss_nlg(
                 H_F, y, net.head, H_P, R, E_P, lambdas, s.T, s.K, s.k, label_smoothing=s.label_smoothing
             )
-            share = len(y) / M
+            share = counts * len(y) / M
             run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
         norm = update(s, run, net, terms, step, max_iters, lr, budget)
         step += 1
 
-        # Record.
-        seconds = time.time() - clock
         tokens = sum(lengths[i] for i in rows)
-        record = step_record(step, terms, lambdas, norm, lr, tokens, seconds, device)
-        append(run.path("log.jsonl"), record)
-        if step % s.log_interval == 0 or step == max_iters:
-            print(progress_line(record, max_iters), flush=True)
+        run.log(step, max_iters, terms, lambdas, norm, lr, tokens, clock)
         if step % s.eval_interval == 0 or step == max_iters:
             evaluate()
             run.save(step, net)
-        clock = time.time()
     finish(s, run, net)
     for prompt, reference in held_out[:3]:
         answer = net.generate([prompt], s.max_new)[0]

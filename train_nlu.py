@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,22 +27,22 @@ from tqdm import tqdm
 import balora
 import model
 from train_nlg import (
+    RANK,
     Run,
     accumulate,
-    append,
     attach,
     batch_order,
     batches_by_length,
     check_method,
     check_numbers,
+    check_ranks,
     finish,
     last_name,
+    own_parts,
     parse,
     print_estimate,
-    progress_line,
     read_records,
     run_main,
-    step_record,
     update,
 )
 
@@ -87,7 +88,7 @@ class Settings:
     learning_rate: float | None = None  # peak; None: the task's; half for bert, roberta, t5; 1/20 for full
     warmup: float = 0.06              # steps (all of a shorter run), or below 1 a share; then linear to 0
     batch_size: int = 32              # rows per optimizer step
-    micro_batch: int = 0              # rows at a time; 0: batch_size. L_DR and L_SVDR see one micro-batch
+    micro_batch: int = 0              # rows at a time; 0: a rank's share. L_DR, L_SVDR see one micro-batch
     epochs: float = 3.0               # passes over the data
     max_iters: int = 0                # optimizer steps; 0: what epochs gives
     weight_decay: float = 0.0         # AdamW's, decoupled
@@ -99,6 +100,7 @@ class Settings:
     dtype: str = "auto"               # of frozen weights, of computing: auto, float32, bfloat16, float16
     compile: bool = False             # torch.compile the blocks (CUDA, or a CPU with a C++ compiler)
     checkpointing: bool = False       # recompute blocks in the backward pass: less memory, a third more time
+    ranks: int = 0                    # as torchrun says; with --dry_run: estimate for so many
     # evaluation and saving
     eval_interval: int = 0            # steps between evaluations; a checkpoint follows each; 0: an epoch
     log_interval: int = 20            # steps between printed lines
@@ -170,7 +172,7 @@ def check(s):
         s.learning_rate = learning_rate * (0.5 if family in HALVED else 1.0)
         s.learning_rate *= 0.05 if s.method == "full" else 1.0
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.task}-{s.method}-{s.seed}")
-    s.micro_batch = min(s.micro_batch or s.batch_size, s.batch_size)
+    check_ranks(s)
     check_numbers(vars(s) | s.options, POSITIVE, SHARES)
     if not labels and (s.lambda1 or s.lambda2 or s.lambda3):
         print("L_CR, L_DR and L_SVDR cannot act here: one logit leaves nothing to compare")
@@ -680,10 +682,9 @@ def dry_run(s):
     """What a run would train and need, from sizes alone."""
     config = model.config_of("tiny-encoder" if s.init == "tiny" else s.init)
     labels = TASKS[s.task].labels
+    dtype = model.pick_dtype(s.dtype, model.pick_device(s.device))
     with torch.device("meta"):
-        net = model.Transformer(config, len(labels) or 1).to(
-            model.pick_dtype(s.dtype, model.pick_device(s.device))
-        )
+        net = model.Transformer(config, len(labels) or 1).to(dtype)
         ids = torch.zeros(s.micro_batch, s.max_len, dtype=torch.long)
     net.label_ids = list(range(len(labels)))
     print_estimate(s, net, attach(s, net), ids, {})
@@ -699,7 +700,6 @@ def main(argv):
     dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
     base = pretrain_world(s, device) if s.init == "tiny" else s.init
-    torch.manual_seed(s.seed)  # dropout's
     net, splits = load(s, base, torch.float32 if full else dtype, device)
     labels = TASKS[s.task].labels
     train = splits.pop("train")
@@ -738,8 +738,9 @@ def main(argv):
     if step == 0:
         evaluate()
     epoch = None
-    clock = time.time()
     while step < max_iters:
+        clock = time.time()
+        model.reset_peak_memory(device)
         # The step's rows and schedules: functions of the seed and the step alone.
         if epoch != step // batches_per_epoch:
             epoch = step // batches_per_epoch
@@ -752,31 +753,25 @@ def main(argv):
 
         # Forward and backward, one micro-batch at a time.
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
-        for first in range(0, len(rows), s.micro_batch):
-            part = rows[first : first + s.micro_batch]
+        for part, counts in own_parts(rows, s.micro_batch):
             ids, mask, y = collate(net, [train[i] for i in part])
+            torch.manual_seed(zlib.crc32(f"dropout {s.seed} {step} {part[0]}".encode()))
             Z_F, _ = net.classify(ids, mask)  # [N, D]
             run.check_finite(step, lr, Z_F.detach())
             Z_P = teacher["train"][part].to(device) if s.lambda1 else None
             total, values = balora.loss_nlu(Z_F, y, Z_P, lambdas, s.T, s.k, label_smoothing=s.label_smoothing)
-            share = len(part) / len(rows)
+            share = counts * len(part) / len(rows)
             run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
         norm = update(s, run, net, terms, step, max_iters, lr, budget)
         step += 1
 
-        # Record.
-        seconds = time.time() - clock
         tokens = sum(lengths[i] for i in rows)
-        record = step_record(step, terms, lambdas, norm, lr, tokens, seconds, device)
-        append(run.path("log.jsonl"), record)
-        if step % s.log_interval == 0 or step == max_iters:
-            print(progress_line(record, max_iters), flush=True)
+        run.log(step, max_iters, terms, lambdas, norm, lr, tokens, clock)
         if step % eval_interval == 0 or step == max_iters:
             evaluate()
             run.save(step, net, Z_P=teacher)
-        clock = time.time()
     save_features(run, net, splits["dev"], labels)
     finish(s, run, net)
     metric = TASKS[s.task].metric
@@ -790,7 +785,8 @@ def save_features(run, net, dev, labels):
     rows = [dev[i] for i in sorted(chosen)]
     Z, features = predict(net, rows)
     arrays = dict(features=features, Z=Z, y=[label for _, label in rows], labels=labels)
-    balora.write_atomic(run.path("features.npz"), functools.partial(np.savez, **arrays))
+    if RANK == 0:
+        balora.write_atomic(run.path("features.npz"), functools.partial(np.savez, **arrays))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,16 @@ import train_nlg
 def base(tmp_path, monkeypatch):
     """A small model and 60 rows of uneven length in the working directory."""
     monkeypatch.chdir(tmp_path)
+    write_base()
+    return tmp_path
+
+
+def write_base():
     small_folder("base")
     rng = random.Random(0)
     rows = [{"question": "q" * rng.randrange(1, 40), "answer": "a" * rng.randrange(1, 40)} for _ in range(60)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
+    with open("rows.jsonl", "w") as f:
+        f.write("\n".join(map(json.dumps, rows)))
 
 
 COMMON = [
@@ -312,7 +317,7 @@ def fails(capsys, monkeypatch, *argv):
             "--label_smoothing=2.0 is out of range: expected a number at least 0 and at most 1",
         ),
         (["--data=nowhere.json"], "nowhere.json"),
-        (["--eval_rows=60"], "holds out all of them"),
+        (["--eval_rows=60"], "holds out all of 60 rows"),
         (["--max_len=3"], "48 dropped: longer than 3 tokens"),
         (["--max_len=5"], "no row is left"),
         (["--targets=w_proj"], "nothing matches w_proj"),

@@ -33,8 +33,13 @@ OWN = {  # what a method needs in a run of 16 steps on 60 rows
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """A small BERT, 60 rows of uneven length to train on and 24 to evaluate on, in the working directory. The label is in the first word."""
     monkeypatch.chdir(tmp_path)
+    write_base()
+    return tmp_path
+
+
+def write_base():
+    """Write a small BERT, 60 rows of uneven length to train on, 24 to evaluate on; the label is in the first word."""
     vocab = {token: i for i, token in enumerate([*train_nlu.CONTROL, *WORDS])}
     config = encoder_config("bert", len(vocab), dropout=0.1)
     randomise(model.Transformer(config)).save("base")
@@ -48,7 +53,6 @@ def base(tmp_path, monkeypatch):
             label = ("entailment", "neutral", "contradiction")[i % 3]
             rows.append(dict(premise=premise, hypothesis=hypothesis, label=label))
         write(f"{name}.jsonl", rows)
-    return tmp_path
 
 
 def write(path, rows):
