@@ -765,10 +765,10 @@ DECODER_ALLOWS = dict(attention_bias=[False, None], mlp_bias=[False, None], hidd
 ALLOWED = {                           # settings of config.json that the network has with these values only
     "llama": DECODER_ALLOWS, "mistral": DECODER_ALLOWS, "qwen2": DECODER_ALLOWS, "qwen3": DECODER_ALLOWS,
     "bert": ENCODER_ALLOWS, "roberta": ENCODER_ALLOWS,
-    "deberta-v2": dict(
-        ENCODER_ALLOWS, relative_attention=[True], share_att_key=[True], norm_rel_ebd=["layer_norm"],
-        position_biased_input=[False], type_vocab_size=[0], pooler_hidden_act=["gelu"],
-        conv_kernel_size=[0, None], pos_att_type=["p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]]),
+    "deberta-v2": dict(ENCODER_ALLOWS, relative_attention=[True], share_att_key=[True], type_vocab_size=[0],
+                       norm_rel_ebd=["layer_norm"], position_biased_input=[False], conv_kernel_size=[0, None],
+                       pooler_hidden_act=["gelu"],
+                       pos_att_type=["p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]]),
     "t5": dict(feed_forward_proj=["relu"], tie_word_embeddings=[True]),
 }
 # fmt: on
@@ -1282,12 +1282,6 @@ def pick_dtype(dtype, device):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         print(f"--dtype=auto: {dtype} on {torch.cuda.get_device_name()}")
     return getattr(torch, dtype)
-
-
-def device_name(device):
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def fused_attention(*inputs, attention=F.scaled_dot_product_attention, **options):

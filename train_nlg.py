@@ -3,6 +3,7 @@
     python train_nlg.py                                             # a tiny model: two minutes on a CPU
     python train_nlg.py --init=out/smollm2-135m --data=gsm8k.jsonl  # real weights and text: an hour on a CPU
     python train_nlg.py --init=llama2-7b                            # the poster's run: one GPU
+    torchrun --nproc_per_node=8 -- train_nlg.py --init=llama2-7b    # the same on eight
 
 Every setting is a line below and an option on the command line (--help lists them all). A run writes
 config.json, log.jsonl, eval.json, checkpoint.pt, adapter/ and loss.png into its folder. After an interruption
@@ -402,7 +403,8 @@ class Run:
                     shutil.rmtree(self.path(name))
             base = os.path.abspath(base) if os.path.exists(base) else base
             self.record = dict(settings=vars(s), source=net.source, base=base)
-            self.record |= dict(weights_hash=net.weights_hash, device=model.device_name(device))
+            name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+            self.record |= dict(weights_hash=net.weights_hash, device=name, threads=torch.get_num_threads())
             command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
             git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
             self.record |= dict(torch=torch.__version__, commit=git and git.stdout.strip(), **more)
