@@ -245,6 +245,8 @@ def run_main(main):
         if sys.flags.dev_mode or not (store or isinstance(e, ValueError | OSError)):
             raise
         status, words = 2, f"error: {e}"
+        if not isinstance(e, ValueError | OSError):
+            words = f"error: rank {RANK}: {type(e).__name__}: {e}"
     if store is None or store.add("errors", 1) == 1:  # the first rank that fails says why
         print(words, file=stderr, flush=True)
     if store:
@@ -292,6 +294,14 @@ def share_starts(net, report):
     owner = {name: i % RANKS for i, name in enumerate(layers)}
     for name, tensor in trained_state(net).items():
         dist.broadcast(tensor, src=owner.get(name.rpartition(".")[0], 0))
+
+
+def check_alike(*what):
+    """Raises ValueError where the ranks, maybe of several machines, have other weights or checkpoints."""
+    found = [None] * RANKS
+    dist.all_gather_object(found, what)
+    if len(set(found)) > 1:
+        raise ValueError(f"ranks differ in weights or step: {found}; give all machines the same files")
 
 
 def own_parts(rows, size):
@@ -393,6 +403,8 @@ class Run:
             step = start["step"]
             self.optimizer.load_state_dict(start["optimizer"])
             self.scaler.load_state_dict(start["scaler"])
+        if RANKS > 1:
+            check_alike(net.weights_hash, step)
         if RANK > 0:
             return step
         if not start:

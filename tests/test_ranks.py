@@ -164,9 +164,10 @@ def test_micro_batch_follows_the_ranks_and_is_recorded(runs):
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(runs):
-    train_nlg.main([*nlg("pissa", "--out_dir=out/pissa-2-at-3", "--resume")[1:]])
-    same("pissa-2", "pissa-2-at-3")
-    assert train_nlg.read_run("out/pissa-2-at-3")["settings"]["micro_batch"] == 9
+    shutil.copytree("out/pissa-2-at-3", "out/pissa-2-on-1")
+    train_nlg.main([*nlg("pissa", "--out_dir=out/pissa-2-on-1", "--resume")[1:]])
+    same("pissa-2", "pissa-2-on-1")
+    assert train_nlg.read_run("out/pissa-2-on-1")["settings"]["micro_batch"] == 9
 
 
 def test_a_run_of_one_rank_goes_on_with_two(runs):
@@ -214,26 +215,41 @@ def test_a_killed_rank_loses_nothing_but_the_last_steps(runs):
     assert all(x["task"] == pytest.approx(y["task"], abs=1e-6) for x, y in zip(a, b))
 
 
-def test_an_error_of_one_rank_is_one_line_and_ends_all(runs):
-    script = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}]
-import train_nlg
+FAILS = {
+    "error: only here": """
 real = train_nlg.collate
 def collate(*arguments):
     if train_nlg.RANK == 1:
         raise ValueError("only here")
     return real(*arguments)
-train_nlg.row_loss = None
-train_nlg.measure = lambda *a: dict(loss=0.0)
 train_nlg.collate = collate
-train_nlg.run_main(train_nlg.main)
-"""
-    Path("fails.py").write_text(script)
-    process = start(2, "fails.py", *nlg("balora", "--out_dir=out/fails", "--eval_generate=0")[1:])
+""",
+    "error: rank 1: RuntimeError: no memory": """
+real = train_nlg.balora.loss_nlg
+def loss(*arguments, **options):
+    if train_nlg.RANK == 1:
+        raise RuntimeError("no memory")
+    return real(*arguments, **options)
+train_nlg.balora.loss_nlg = loss
+""",
+    "error: ranks differ in weights or step: .*, 3.*, 0.*": """
+real = train_nlg.Run.checkpoint
+train_nlg.Run.checkpoint = lambda *arguments: real(*arguments) if train_nlg.RANK == 0 else None
+""",
+}
+
+
+@pytest.mark.parametrize("line", FAILS)
+def test_an_error_of_one_rank_is_one_line_and_ends_all(runs, line):
+    script = f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport train_nlg\n{FAILS[line]}"
+    Path("fails.py").write_text(f"{script}\ntrain_nlg.run_main(train_nlg.main)\n")
+    shutil.rmtree("out/fails", ignore_errors=True)
+    shutil.copytree("out/pissa-2-at-3", "out/fails")
+    process = start(2, "fails.py", *nlg("pissa", "--out_dir=out/fails", "--resume")[1:])
     printed = process.communicate(timeout=100)[0]
     assert process.returncode == 1
-    assert re.findall("(?m)^error: .*", printed) == ["error: only here"], printed
+    errors = re.findall("(?m)^error: .*", printed)
+    assert len(errors) == 1 and re.fullmatch(line, errors[0]), printed
     codes = re.findall(r"exitcode +: (-?\d+)", printed)
     assert codes and set(codes) == {"2"}, printed
 
