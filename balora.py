@@ -683,7 +683,7 @@ class Report:
 
 
 def attach(
-    model, method="balora", r=16, alpha=None, targets=None, seed=0, calibrate=None, state=None, mine=(), **own
+    model, method="balora", r=16, alpha=None, targets=None, seed=0, calibrate=None, state=None, only=(), **own
 ):
     """Freeze `model`, any module that holds nn.Linear layers, and make it trainable by `method` -> Report
 
@@ -691,7 +691,7 @@ def attach(
     targets: names or patterns of layers ("q_proj", "layers.0.*"); None: all that the method is made for.
     calibrate(turn): runs the model on some rows, one at a time (LoRA-GA: backward, too).
     state {name: tensor}: a checkpoint to go on from; nothing is measured. On the meta device: shapes alone.
-    mine: a slice of the layers; the others begin with zeros, and another process makes their starts.
+    only: a slice of the layers; other ones begin with zeros (several processes can share the work).
     Submodules named in model.trained_whole (a head) train, too. ValueError for whatever does not fit.
     """
     options = method_options(method, own)
@@ -705,7 +705,7 @@ def attach(
     model.requires_grad_(kind is None)
     if kind is not None:
         report.matched = match(model, targets, kind)
-        found = starts(model, report, seed, calibrate, state, mine)
+        found = starts(model, report, seed, calibrate, state, only)
         layers = {name: new_layer(model, name, kind, seed, *start) for name, *start in found}
         for name, layer in layers.items():
             model.set_submodule(name, layer)
@@ -722,7 +722,7 @@ def attach(
     return report
 
 
-def starts(model, report, seed, calibrate, state, mine):
+def starts(model, report, seed, calibrate, state, only):
     """Yield (layer's name, rank, s, (A0, B0)); None in place of the pair: zeros, to be filled later."""
     spec = METHODS[report.method]
     names = list(dict.fromkeys(name for found in report.matched.values() for name in found))
@@ -746,7 +746,7 @@ def starts(model, report, seed, calibrate, state, mine):
     if spec.statistic is not None:
         measured = measure(model, names, report, calibrate)
     for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=None):
-        if mine and name not in names[mine]:
+        if only and name not in names[only]:
             yield name, rank, s, None
             continue
         W = off_mps(model.get_submodule(name).weight.detach())

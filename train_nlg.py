@@ -32,6 +32,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from argparse import SUPPRESS
 from collections import Counter
@@ -120,7 +121,7 @@ PRESETS = {
                       batch_size=128, micro_batch=8, dtype="bfloat16", checkpointing=True,
                       eval_rows=512, eval_interval=100, log_interval=1),
 }
-POSITIVE = ("r alpha T K k teacher_every epochs batch_size micro_batch max_len eval_rows eval_interval "
+POSITIVE = ("r alpha T K k teacher_every epochs batch_size max_len eval_rows eval_interval "
             "log_interval max_new calibration")       # above 0; every other number: at least 0
 SHARES = "warmup pretrain_noise label_smoothing"      # at most 1
 # fmt: on
@@ -134,12 +135,12 @@ def check(s):
     if not (s.data or s.dry_run or s.init == "tiny"):
         raise ValueError(f"--init={s.init} needs --data: a file or a hub data set (only tiny has its own)")
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.method}-{s.seed}")
+    check_numbers(vars(s) | s.options, POSITIVE, SHARES)
     check_ranks(s)
     if s.shard and s.ranks == 1:
         raise ValueError("--shard spreads over ranks: start them by torchrun --nproc_per_node=N")
     if s.shard and (s.method == "full" or balora.METHODS[s.method].statistic):
         raise ValueError(f"--shard: {s.method} needs whole weights on every rank; leave one of the two out")
-    check_numbers(vars(s) | s.options, POSITIVE, SHARES)
 
 
 # -----------------------------------------------------------------------------
@@ -230,27 +231,29 @@ def check_method(s, paper_lambdas):
             raise ValueError(f"--{f.name} with --init={s.init}: only tiny is pre-trained here; leave it out")
 
 
+STOPPED = "\nstopped; the same command goes on where it was (training: add --resume)"
+
+
 def run_main(main):
     """Run main(argv). What a user caused is one line and exit code 2; `python -X dev` shows where."""
-    stderr = sys.stderr
-    store = join_ranks() if RANKS > 1 else None
+    leave = print_and_leave
     try:
+        if RANKS > 1:
+            leave = join_ranks()
         main(sys.argv[1:])
-        if store:
+        if RANKS > 1:
             dist.destroy_process_group()
-        return
     except KeyboardInterrupt:
-        status, words = 130, "\nstopped; the same command goes on where it was (training: add --resume)"
-    except Exception as e:  # also of a connection that another rank has left
-        if sys.flags.dev_mode or not (store or isinstance(e, ValueError | OSError)):
+        leave(STOPPED, 130)
+    except Exception as e:
+        if sys.flags.dev_mode or not (RANKS > 1 or isinstance(e, ValueError | OSError)):
             raise
-        status, words = 2, f"error: {e}"
-        if not isinstance(e, ValueError | OSError):
-            words = f"error: rank {RANK}: {type(e).__name__}: {e}"
-    if store is None or store.add("errors", 1) == 1:  # the first rank that fails says why
-        print(words, file=stderr, flush=True)
-    if store:
-        os._exit(2)  # without waiting for the other ranks
+        where = "" if isinstance(e, ValueError | OSError) else f"rank {RANK}: {type(e).__name__} "
+        leave(f"error: {where}{' '.join(str(e).split())}", 2)
+
+
+def print_and_leave(words, status):
+    print(words, file=sys.stderr)
     sys.exit(status)
 
 
@@ -259,24 +262,43 @@ def run_main(main):
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of one machine
 
 
 def join_ranks():
-    """Meet the other ranks -> the store of keys and values that they share. Rank 0 alone prints."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    patience = datetime.timedelta(hours=12)  # others wait while rank 0 downloads and pre-trains
-    dist.init_process_group(store=store, rank=RANK, world_size=RANKS, timeout=patience)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun ends all ranks when one has failed
-    if RANK > 0:
+    """Meet the other ranks. -> leave(words, status), which ends all of them; the first one prints why."""
+    stderr = sys.stderr
+    patience = datetime.timedelta(hours=3)  # a rank may download or pre-train for longer than another
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+
+    def leave(words, status):
+        if store.add("failed", 1) == 1:
+            print(words, file=stderr, flush=True)
+        os._exit(2)  # without waiting for what other ranks should have sent
+
+    def stop(*_):
+        leave(STOPPED, 130)
+
+    def watch():  # a rank that waits for one that has failed sees no signal
+        while not store.check(["failed"]):
+            time.sleep(1)
+        time.sleep(1)
+        os._exit(2)
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=watch, daemon=True).start()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=RANKS, timeout=patience)
+    if RANK > 0:  # rank 0 alone prints
         sys.stdout = sys.stderr = open(os.devnull, "w")
-    return store
+    return leave
 
 
 def check_ranks(s):
     """Fill in ranks and micro_batch: as given, as in the run to resume, or a rank's share of the batch."""
     if s.ranks not in (0, RANKS) and not s.dry_run:
         raise ValueError(f"--ranks={s.ranks} is for --dry_run; torchrun --nproc_per_node=N starts N ranks")
+    if RANKS > 1 and s.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device={s.device}: every rank has a device of its own; give auto, cuda or cpu")
     s.ranks = s.ranks or RANKS
     record = os.path.join(s.out_dir, "config.json")
     if s.resume and not s.micro_batch and os.path.exists(record):
@@ -284,28 +306,33 @@ def check_ranks(s):
     s.micro_batch = min(s.micro_batch or max(1, s.batch_size // s.ranks), s.batch_size)
     parts = math.ceil(s.batch_size / s.micro_batch)
     if parts < s.ranks:
-        raise ValueError(f"{s.ranks} ranks, {parts} micro-batches of {s.micro_batch}: lower --micro_batch")
+        words = f"{s.ranks} ranks, {parts} micro-batches of {s.micro_batch}"
+        if not s.resume:
+            raise ValueError(f"{words}: lower --micro_batch")
+        print(f"{words}, as in the run to resume: {s.ranks - parts} ranks have nothing to do")
+
+
+def compare_ranks(what):
+    """Raises ValueError where a value of the dict `what` is not the same on all ranks (of all machines)."""
+    found = [None] * RANKS
+    dist.all_gather_object(found, what)
+    differ = [name for name in what if any(other[name] != what[name] for other in found)]
+    if differ:
+        raise ValueError(f"ranks differ in {', '.join(differ)}; give all of them the same files and settings")
 
 
 def share_starts(net, report):
     """Send every layer's start from the rank that made it to all; what else trains is rank 0's."""
-    dist.barrier()  # rank 0 changes the run's folder only when all have looked at it
     layers = dict.fromkeys(name for names in report.matched.values() for name in names)
     owner = {name: i % RANKS for i, name in enumerate(layers)}
-    for name, tensor in trained_state(net).items():
+    state = trained_state(net)
+    compare_ranks({"shapes": {name: list(tensor.shape) for name, tensor in state.items()}})
+    for name, tensor in state.items():
         dist.broadcast(tensor, src=owner.get(name.rpartition(".")[0], 0))
 
 
-def check_alike(*what):
-    """Raises ValueError where the ranks, maybe of several machines, have other weights or checkpoints."""
-    found = [None] * RANKS
-    dist.all_gather_object(found, what)
-    if len(set(found)) > 1:
-        raise ValueError(f"ranks differ in weights or step: {found}; give all machines the same files")
-
-
 def own_parts(rows, size):
-    """Micro-batches of a step, with weight 1; number i goes to rank i mod RANKS."""
+    """This rank's micro-batches of a step, each with weight 1; number i goes to rank i mod RANKS."""
     parts = [(rows[first : first + size], 1) for first in range(0, len(rows), size)]
     while len(parts) % RANKS:
         parts.append((rows[:1], 0))  # weighs nothing: with --shard all ranks have to compute equally often
@@ -328,21 +355,20 @@ def shard(net, device):
 
     mesh = dist.init_device_mesh(device.split(":")[0], (RANKS,))
     spread = {p for p in net.layers.parameters() if not p.requires_grad}
-    whole = {p for p in net.parameters() if p not in spread}
-    for p in whole:
+    others = {p for p in net.parameters() if p not in spread}
+    for p in others:
         p.data = p.data.to(device)
-    for block in (*net.layers, net):
-        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    for part in (*net.layers, net):
+        fully_shard(part, mesh=mesh, ignored_params=others, reshard_after_forward=True)
     register_fsdp_forward_method(net, "hidden")
+    pick = model.pick
 
-    def agreed(*args):
-        """The next tokens by rank 0: all ranks go on with the same."""
+    def pick_as_rank_0(*args):  # so that all ranks write as many tokens
         tokens = pick(*args)
         dist.broadcast(tokens, src=0)
         return tokens
 
-    pick = model.pick
-    model.pick = agreed
+    model.pick = pick_as_rank_0
 
 
 # -----------------------------------------------------------------------------
@@ -403,8 +429,10 @@ class Run:
             step = start["step"]
             self.optimizer.load_state_dict(start["optimizer"])
             self.scaler.load_state_dict(start["scaler"])
-        if RANKS > 1:
-            check_alike(net.weights_hash, step)
+            self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
+        if RANKS > 1:  # rank 0 changes the folder when all have read it
+            settings = {name: value for name, value in vars(s).items() if name not in FREE}
+            compare_ranks(dict(settings, weights=net.weights_hash, step=step, **more))
         if RANK > 0:
             return step
         if not start:
@@ -420,13 +448,12 @@ class Run:
             command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
             git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
             self.record |= dict(torch=torch.__version__, commit=git and git.stdout.strip(), **more)
+        self.record["settings"]["ranks"] = s.ranks
         os.makedirs(self.out, exist_ok=True)
         write_text(self.path("config.json"), json.dumps(self.record, indent=1, ensure_ascii=False))
         # Drop records after `step` and an incomplete last line.
         kept = [record for record in read_lines(self.path("log.jsonl")) if record["step"] <= step]
         write_text(self.path("log.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
-        if start:
-            self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
         return step
 
     def add_evaluation(self, record):
@@ -528,8 +555,8 @@ def attach(s, net, state=None, examples=(), loss_of=None):
             raise ValueError(f"--calibration: {count} rows are wanted in all, and {len(examples)} are there")
         chosen = random.Random(f"calibration {s.seed}").sample(examples, count)
     targets = s.targets and s.targets.split(",")
-    mine = slice(RANK, None, RANKS)  # of the layers, those whose starts are made here
-    report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, mine, **s.options)
+    only = slice(RANK, None, RANKS)  # of the layers' starts, those that this rank makes
+    report = balora.attach(net, s.method, s.r, s.alpha, targets, s.seed, calibrate, state, only, **s.options)
     if RANKS > 1:
         share_starts(net, report)
     print(report)
@@ -542,7 +569,7 @@ def update(s, run, net, terms, step, max_iters, lr, budget):
     if RANKS > 1:
         values = [[value or 0.0, value is not None] for value in terms.values()]
         sums = torch.tensor(values, device=run.device)
-        add_up([p.grad for p in trained] + [sums])
+        add_up([p.grad for p in trained if p.grad is not None] + [sums])
         for name, (value, acts) in zip(terms, sums.tolist()):
             terms[name] = value if acts else None
     if budget:
@@ -1036,6 +1063,8 @@ def main(argv):
     dtype = model.pick_dtype(s.dtype, device)
     full = s.method == "full"
     base = pretrain_tiny(s, device) if s.init == "tiny" else s.init
+    if s.shard:  # starts are made on the CPU, where torchrun gives every rank one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     net, tok = model.load(base, torch.float32 if full else dtype, "cpu" if s.shard else device)
     if net.config.family != "llama":
         raise ValueError(f"--init={s.init} is a {net.config.family} model; train_nlu.py tunes those")
@@ -1059,7 +1088,8 @@ def main(argv):
         balora.token_terms = torch.compile(balora.token_terms)
     if s.shard:
         shard(net, device)
-    step = run.begin(net, start, base, device, trainable=report.trainable, notes=report.notes)
+    more = dict(trainable=report.trainable, notes=report.notes, tokens=sum(lengths))
+    step = run.begin(net, start, base, device, **more)
     R = None if full else balora.head_factor(net.head)  # [d, d]: H Rᵀ has the singular values of Z
     net.train()
     print(f"{max_iters} steps of {s.batch_size} sequences, {s.micro_batch} at a time -> {s.out_dir}")
@@ -1090,7 +1120,7 @@ def main(argv):
 
         # Forward and backward, one micro-batch at a time.
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
-        for part, counts in own_parts(rows, s.micro_batch):
+        for part, weight in own_parts(rows, s.micro_batch):
             ids, valid, y = collate([train[i] for i in part], device)  # [B, L], [B, L], [m]
             H_P = E_P = None
             if taught:
@@ -1102,7 +1132,7 @@ def main(argv):
             total, values = balora.loss_nlg(
                 H_F, y, net.head, H_P, R, E_P, lambdas, s.T, s.K, s.k, label_smoothing=s.label_smoothing
             )
-            share = counts * len(y) / M
+            share = weight * len(y) / M
             run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
@@ -1115,7 +1145,7 @@ def main(argv):
             evaluate()
             run.save(step, net)
     finish(s, run, net)
-    for prompt, reference in held_out[:3]:
+    for prompt, reference in held_out[: 0 if s.shard else 3]:  # with --shard each token moves the blocks
         answer = net.generate([prompt], s.max_new)[0]
         print(f"\n{tok.decode(prompt).strip()}\n  -> {tok.decode(answer).strip()}")
         print(f"  reference: {tok.decode(reference[:-1]).strip()}")

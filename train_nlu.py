@@ -137,7 +137,7 @@ SCRIPTS = {                           # same source: adapters' learning rate; Ad
     "own":   (5e-4, 8, {}),
 }
 # Numbers that are above 0; every other one is at least 0, and shares are at most 1.
-POSITIVE = "r alpha T k epochs batch_size micro_batch max_len log_interval calibration pretrain_iters"
+POSITIVE = "r alpha T k epochs batch_size max_len log_interval calibration pretrain_iters"
 SHARES = "label_noise label_smoothing dropout cls_dropout pretrain_noise"
 # fmt: on
 
@@ -172,8 +172,8 @@ def check(s):
         s.learning_rate = learning_rate * (0.5 if family in HALVED else 1.0)
         s.learning_rate *= 0.05 if s.method == "full" else 1.0
     s.out_dir = s.out_dir or os.path.join("out", f"{last_name(s.init)}-{s.task}-{s.method}-{s.seed}")
-    check_ranks(s)
     check_numbers(vars(s) | s.options, POSITIVE, SHARES)
+    check_ranks(s)
     if not labels and (s.lambda1 or s.lambda2 or s.lambda3):
         print("L_CR, L_DR and L_SVDR cannot act here: one logit leaves nothing to compare")
     elif s.micro_batch == 1 and (s.lambda2 or s.lambda3):
@@ -753,14 +753,14 @@ def main(argv):
 
         # Forward and backward, one micro-batch at a time.
         terms = dict.fromkeys(("task", "cr", "dr", "svdr"))
-        for part, counts in own_parts(rows, s.micro_batch):
+        for part, weight in own_parts(rows, s.micro_batch):
             ids, mask, y = collate(net, [train[i] for i in part])
             torch.manual_seed(zlib.crc32(f"dropout {s.seed} {step} {part[0]}".encode()))
             Z_F, _ = net.classify(ids, mask)  # [N, D]
             run.check_finite(step, lr, Z_F.detach())
             Z_P = teacher["train"][part].to(device) if s.lambda1 else None
             total, values = balora.loss_nlu(Z_F, y, Z_P, lambdas, s.T, s.k, label_smoothing=s.label_smoothing)
-            share = counts * len(part) / len(rows)
+            share = weight * len(part) / len(rows)
             run.scaler.scale(share * total).backward()
             accumulate(terms, values, share)
 
