@@ -7,7 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+import balora
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / ".figures" / "README.md").read_text(encoding="utf-8")
@@ -27,7 +32,7 @@ def test_it_is_short_and_no_line_is_long():
 
 
 def test_the_notebook_example_runs_as_printed(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True
@@ -35,6 +40,29 @@ def test_the_notebook_example_runs_as_printed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "trainable" in done.stdout
     assert (tmp_path / "out/notebook/adapter_model.safetensors").exists()
+
+
+def test_the_trainer_example_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    base = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16))
+    base.save_pretrained("path/to/base")
+    ids = torch.randint(10, 300, (24, 20))
+    labels = ids.masked_fill(torch.arange(20) < 12, -100)
+    rows = [dict(input_ids=i, attention_mask=torch.ones_like(i), labels=y) for i, y in zip(ids, labels)]
+    found = dict(rows=rows)
+    exec(re.findall(r"```python\n(.*?)```", README, re.S)[1], found)
+    net = found["net"].eval()
+    with torch.no_grad():
+        before, after = base(ids).logits, net(ids).logits
+        with balora.teacher(net):
+            assert torch.equal(net(ids).logits, before)
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("path/to/base"), "out/adapter")
+        moved = (after - before).abs().max()
+        assert moved > 1e-3 and (again(ids).logits - after).abs().max() < moved / 100
 
 
 def test_the_loops_are_bash():
