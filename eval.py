@@ -401,7 +401,8 @@ def ask_judge(judge_url, judge_model, system, text):
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5)
+        http = openai.DefaultHttpxClient(follow_redirects=False)  # to another host, which would rate
+        client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5, http_client=http)
         reply = client.chat.completions.create(**how).choices[0].message.content
         if not isinstance(reply, str):
             raise ValueError("a reply without text")

@@ -544,6 +544,15 @@ def good(text):
     )
 
 
+def test_the_judge_follows_no_redirect(server):
+    server.reply = lambda n, body: (
+        (307, {"Location": f"{server.url}/elsewhere"}, "") if n == 0 else good("[[10]]")
+    )
+    with pytest.raises(ValueError, match="307.*check --judge_url"):
+        eval.ask_judge(server.url, "gpt-4", "You judge.", "Rate this.")
+    assert [path for path, *_ in server.asked] == ["/v1/chat/completions"]
+
+
 @pytest.fixture
 def answers(shared, tmp_path):
     """Answers to all 80 questions in FastChat's format, and the judge command's arguments for them."""
