@@ -273,7 +273,7 @@ def join_ranks():
     def leave(words, status):
         if store.add("failed", 1) == 1:
             print(words, file=stderr, flush=True)
-        os._exit(2)  # without waiting for what other ranks should have sent
+        os._exit(status)  # without waiting for what other ranks should have sent
 
     def stop(*_):
         leave(STOPPED, 130)

@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
     two += [nlg("balora", "--checkpointing", "--micro_batch=4", "--shard", "--out_dir=out/balora-c")]
     two += [nlg("pissa", "--out_dir=out/pissa-2"), ["nlu", *NLU, "--init=nlu/base", "--out_dir=out/nlu-2"]]
     one = [nlg(method, "--micro_batch=4", f"--out_dir=out/{method}-1") for method in METHODS]
-    one += [nlg("pissa", "--micro_batch=9", "--out_dir=out/pissa-1")]
+    one += [nlg("pissa", "--micro_batch=9", "--out_dir=out/pissa-1"), nlg("pissa", "--out_dir=out/pissa-0")]
     one += [["nlu", *NLU, "--init=nlu/base", "--out_dir=out/nlu-1"]]
     for n, listed in ((2, two), (1, one)):
         Path(f"{n}.json").write_text(json.dumps(listed))
@@ -171,14 +171,25 @@ def test_a_run_of_two_ranks_goes_on_with_one(runs):
     assert train_nlg.read_run("out/pissa-2-on-1")["settings"]["micro_batch"] == 9
 
 
-def test_a_run_of_one_rank_goes_on_with_two(runs):
-    process = start(
-        2, str(ROOT / "train_nlg.py"), *nlg("pissa", "--out_dir=out/pissa-1-at-3", "--resume")[1:]
-    )
+@pytest.mark.parametrize(
+    "run, more, words",
+    [
+        ("pissa-1", ["--shard"], "goes on after step 3"),
+        (
+            "pissa-0",
+            [],
+            "2 ranks, 1 micro-batches of 18, as in the run to resume: 1 ranks have nothing to do",
+        ),
+    ],
+)
+def test_a_run_of_one_rank_goes_on_with_two(runs, run, more, words):
+    settings = nlg("pissa", f"--out_dir=out/{run}-at-3", "--resume", *more)[1:]
+    process = start(2, str(ROOT / "train_nlg.py"), *settings)
     printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "goes on after step 3" in printed, printed
+    assert process.returncode == 0 and words in printed, printed
     assert printed.count("eval at step 6") == 1  # rank 0 alone prints
-    same("pissa-1", "pissa-1-at-3")
+    same(run, f"{run}-at-3")
+    assert train_nlg.read_run(f"out/{run}-at-3")["settings"]["ranks"] == 2
 
 
 def test_a_killed_rank_loses_nothing_but_the_last_steps(runs):
