@@ -1059,6 +1059,7 @@ def read_adapter(folder):
     try:
         with open(path, encoding="utf-8") as f:
             config = dict(json.load(f))
+        config["alpha_pattern"] = dict(config.get("alpha_pattern") or {})
         path = os.path.join(folder, "adapter_model.safetensors")  # an .bin of old: load and save it in peft
         state = {key.removeprefix("base_model.model."): w for key, w in load_file(path).items()}
         return config, path, state
@@ -1077,7 +1078,7 @@ def adapter_kind(config, folder):
     extra = [name for name in sorted(others) if config[name] not in (None, False, "none", [], {})]
     kinds = {peft_type: kind for kind, (peft_type, _) in FORMS.items()}
     kinds["LORA"] = DoRA if config.get("use_dora") else LoRA
-    kind = kinds.get(config.get("peft_type"))
+    kind = kinds.get(str(config.get("peft_type")))
     if kind is None or extra:
         what = f"{folder}: {config.get('peft_type')} with {', '.join(extra) or 'its own form'}"
         raise ValueError(f"{what}; plain LoRA, DoRA and this project's own forms can be loaded")
@@ -1087,7 +1088,7 @@ def adapter_kind(config, folder):
 def lora_scale(config, name, rank, path):
     """s of a layer, from peft's alpha, its patterns and rsLoRA's root"""
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    for pattern, value in config["alpha_pattern"].items():
         if not re.fullmatch(r"[\w.]+", pattern):
             raise ValueError(f"{path}: alpha_pattern {pattern!r}: names of layers are read, not expressions")
         if f".{name}".endswith(f".{pattern}"):

@@ -379,9 +379,7 @@ class Stack(nn.Module):
         L = x.shape[1]
         first = 0 if cache is None else cache.length - L
         if c.window and first + L > c.window:
-            raise ValueError(
-                f"{first + L} tokens; the model's sliding_window is {c.window}: use shorter ones"
-            )
+            raise ValueError(f"{first + L} tokens; the model's sliding_window is {c.window}: use less")
         bias = self.allowed_keys(mask, L, x.device) if first == 0 else cache.real[:, None, None]
         position = None
         if c.position == "rope":
@@ -758,6 +756,7 @@ FIELDS = {                            # Config's field: its names in config.json
     "n_types": ["type_vocab_size"], "buckets": ["position_buckets", "relative_attention_num_buckets"],
     "max_distance": ["relative_attention_max_distance"], "dropout": ["hidden_dropout_prob", "dropout_rate"],
 }
+SIZES = "vocab_size d n_layers n_heads d_ff max_len n_kv_heads head_dim".split()
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 GUARD = "\ufdd0"                      # before a control token that a user wrote; Unicode gives it no meaning
 ENCODER_ALLOWS = dict(hidden_act=["gelu"], position_embedding_type=["absolute", None], is_decoder=[False])
@@ -816,15 +815,17 @@ def config_from(record):
         for key in keys:
             if record.get(key) is not None:
                 c[name] = record[key]
-    for name in ("vocab_size", "d", "n_layers", "n_heads", "d_ff", "max_len"):
-        if name not in c:
-            raise ValueError(f"lacks {FIELDS[name][0]!r}; is it a {kind} config?")
+    for name in SIZES:
+        value = c.get(name, 1 if name in ("n_kv_heads", "head_dim") else None)
+        if type(value) is not int or not 0 < value <= (10_000 if name == "n_layers" else 2**24):
+            raise ValueError(f"{FIELDS[name][0]} is {value!r}, not a size; is it a {kind} config?")
     allowed = dict(ALLOWED[kind], num_decoder_layers=[c["n_layers"], None], embedding_size=[c["d"], None])
     allowed |= dict(quantization_config=[None], partial_rotary_factor=[1, None])
     allowed["max_relative_positions"] = [-1, c["max_len"]]
     for key, values in allowed.items():
         if key in record and record[key] not in values:
             raise ValueError(f"{key}={record[key]!r} is not {kind} as published, which is all we know")
+    c["norm_eps"] = float(c["norm_eps"])
     c.setdefault("n_kv_heads", c["n_heads"])
     c.setdefault("head_dim", c["d"] // c["n_heads"])
     if ALLOWED[kind] is DECODER_ALLOWS:
@@ -850,7 +851,7 @@ def config_from(record):
 def as_tuple(ids):
     """Ids in config.json: a number, a list or null."""
     ids = ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if i is not None)
+    return tuple(int(i) for i in ids if i is not None)
 
 
 def weight_files(folder):
@@ -927,8 +928,7 @@ def assign(net, tensors, dtype, device, seed, order=None):
             w = w.to(dtype)
         net.load_state_dict({name: w.to(device)}, strict=False, assign=True)
     if tied_head is not None and not torch.equal(tied_head.to(dtype), net.head.cpu()):
-        advice = "set tie_word_embeddings to false in config.json"
-        raise ValueError(f"lm_head.weight is not the embedding, though the config ties them: {advice}")
+        raise ValueError("lm_head.weight is not the embedding; is tie_word_embeddings wrong?")
     new = [name for name in want if name.startswith("classifier.")]
     missing = sorted(set(want) - set(new))
     for problem, keys in (("the checkpoint lacks", missing), ("the config has no place for", unexpected)):
@@ -961,8 +961,7 @@ class Tokenizer:
     def pair(self, a, b=None, max_len=0):
         """One text or two -> ids with special tokens, at most max_len (0: any): the longer text is cut."""
         if b is not None and not self.between:
-            advice = 'write both into one (T5: "mrpc sentence1: ... sentence2: ...")'
-            raise ValueError(f"pair: this tokenizer has no form for two texts; {advice}")
+            raise ValueError('pair: no form for two texts; write one ("sentence1: ... sentence2: ...")')
         between = [] if b is None else [*self.between]
         frame = len(self.bos) + len(between) + len(self.end)
         if 0 < max_len < frame:
@@ -1192,19 +1191,18 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
         raise ValueError(f"{folder}: the tokenizer has {tok.size} tokens, the network {config.vocab_size}")
     config.sep = tok.between[0] if tok.between else config.sep
     config = replace(config, **{name: x for name, x in changes.items() if x is not None})
-    with torch.device("meta"):
-        net = Transformer(config, n_classes)
     tensors = (item for file in weight_files(folder) for item in read_tensors(file))
     dtype = dtype or getattr(torch, str(config.record.get("dtype", config.record.get("torch_dtype"))), None)
     with reading(folder, "is the download complete?"):
+        with torch.device("meta"):
+            net = Transformer(config, n_classes)
         new = assign(net, tensors, dtype, device, seed, label_order(config.record, n_classes, labels))
     net.labels = list(labels)
     if n_classes and net.encoder is not None:
         # T5's first decoded token tells the classes apart by the first token of each label word.
         net.label_ids = [tok.encode(word)[0] for word in labels]
         if len(set(net.label_ids)) < max(2, len(labels)):
-            problem = f"label words that differ in their first token; {list(labels)} give {net.label_ids}"
-            raise ValueError(f"T5 answers in words, so it needs {problem}")
+            raise ValueError(f"T5 needs words of other first tokens: {list(labels)} {net.label_ids}")
     net.source = source
     net.folder = folder
     count = sum(p.numel() for p in net.parameters())

@@ -420,11 +420,11 @@ def test_mbpp_reference_solutions(sandbox, shared, base, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--max_new=0"], "--max_new=0 is out of range: expected a number above 0"),
-        (["--batch_size=0"], "--batch_size=0 is out of range"),
-        (["--top_p=0"], "--top_p=0.0 is out of range"),
-        (["--temperature=-1"], "--temperature=-1.0 is out of range: expected a number at least 0"),
-        (["--limit=-1"], "--limit=-1 is out of range"),
+        (["--max_new=0"], "--max_new=0: expected a number above 0"),
+        (["--batch_size=0"], "--batch_size=0: expected"),
+        (["--top_p=0"], "--top_p=0.0: expected"),
+        (["--temperature=-1"], "--temperature=-1.0: expected a number at least 0"),
+        (["--limit=-1"], "--limit=-1: expected"),
         (["--data=rows.jsonl"], "KeyError: 'prompt'.*expected HumanEval's fields prompt, entry_point, test"),
         (["--data=none.jsonl.gz"], "expected an existing"),
         (["--data=cut.jsonl.gz"], "cut.jsonl.gz: cannot be read .*expected rows in .jsonl"),

@@ -207,7 +207,7 @@ def test_broken_folders_say_what_is_wrong(tmp_path):
     assert "config.json: cannot be read (JSONDecodeError" in broken(
         lambda f: (f / "config.json").write_text("{")
     )
-    assert "lacks 'hidden_size'" in broken(config(hidden_size=None))
+    assert "hidden_size is None, not a size" in broken(config(hidden_size=None))
     assert "no tokenizer" in broken(config(tokenizer=None))
     assert "no weights" in broken(lambda f: [p.unlink() for p in f.glob("*safetensors*")])
     with pytest.raises(ValueError, match="expected one of tiny"):

@@ -311,7 +311,7 @@ def test_other_families(family, tmp_path, monkeypatch, shared):
     assert evaluations("o")[-1]["step"] == 6
     if family == "t5":
         for more in (["--task=stsb"], ["--probe"]):
-            with pytest.raises(ValueError, match="T5 answers in words"):
+            with pytest.raises(ValueError, match="T5 needs words"):
                 train_nlu.main([*argv, *more, "--overwrite"])
 
 
