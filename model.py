@@ -379,7 +379,7 @@ class Stack(nn.Module):
         L = x.shape[1]
         first = 0 if cache is None else cache.length - L
         if c.window and first + L > c.window:
-            raise ValueError(f"{first + L} tokens; the model's sliding_window is {c.window}: use less")
+            raise ValueError(f"{first + L} tokens; the model's sliding_window is {c.window}, use less")
         bias = self.allowed_keys(mask, L, x.device) if first == 0 else cache.real[:, None, None]
         position = None
         if c.position == "rope":
@@ -1202,7 +1202,7 @@ def load(init, dtype=None, device="cpu", seed=0, task="lm", n_classes=0, labels=
         # T5's first decoded token tells the classes apart by the first token of each label word.
         net.label_ids = [tok.encode(word)[0] for word in labels]
         if len(set(net.label_ids)) < max(2, len(labels)):
-            raise ValueError(f"T5 needs words of other first tokens: {list(labels)} {net.label_ids}")
+            raise ValueError(f"T5: words have to differ in the first token: {list(labels)} {net.label_ids}")
     net.source = source
     net.folder = folder
     count = sum(p.numel() for p in net.parameters())

@@ -316,9 +316,10 @@ def compare_ranks(what):
     """Raises ValueError where a value of the dict `what` is not the same on all ranks (of all machines)."""
     found = [None] * RANKS
     dist.all_gather_object(found, what)
-    differ = [name for name in what if any(other[name] != what[name] for other in found)]
+    differ = {name for other in found for name in what if other[name] != what[name]}
     if differ:
-        raise ValueError(f"ranks differ in {', '.join(differ)}; give all of them the same files and settings")
+        names = ", ".join(sorted(differ))
+        raise ValueError(f"ranks differ in {names}; give all of them the same files and settings")
 
 
 def share_starts(net, report):
@@ -484,12 +485,10 @@ class Run:
         if RANK == 0:
             append(self.path("log.jsonl"), record)
         if step % self.s.log_interval == 0 or step == max_iters:
-            words = [f"step {step:>5}/{max_iters}"]
-            for name, value in record.items():
-                if value is not None and name not in ("step", "seconds"):
-                    words.append(f"{name} {value:.5g}")
-            words.append(f"ETA {(max_iters - step) * seconds / 60:.0f} min")
-            print(" | ".join(words), flush=True)
+            shown = {k: v for k, v in record.items() if v is not None and k not in ("step", "seconds")}
+            words = [f"{name} {value:.5g} | " for name, value in shown.items()]
+            minutes = (max_iters - step) * seconds / 60
+            print(f"step {step:>5}/{max_iters} | {''.join(words)}ETA {minutes:.0f} min", flush=True)
 
     def check_finite(self, step, lr, *values):
         """Raises ValueError where a tensor or number of this step is not finite."""

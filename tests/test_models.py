@@ -178,7 +178,7 @@ def test_bitfit_trains_the_biases_of_qwen2(tmp_path):
         (dict(rope_parameters=dict(rope_type="yarn")), "rope type 'yarn'"),
         (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "KeyError: 'low_freq_factor'"),
         (dict(vocab_size=100), "the tokenizer has 304 tokens, the network 100"),
-        (dict(hidden_size="x"), "config.json: cannot be read"),
+        (dict(hidden_size="x"), "config.json: hidden_size is 'x', not a size"),
     ],
 )
 def test_configs_that_are_refused(changes, words, tmp_path):
