@@ -743,7 +743,8 @@ def features(*runs, out="out/features.png"):
             ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
         ax.set_title(f"({letter}) {last_name(run)}\nsilhouette {silhouette:.2f}", fontsize=8)
     handles = axes.flat[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=len(words), markerscale=3)
+    ncols = len(words) if columns > 1 else 1  # one panel is too narrow for all words in a line
+    fig.legend(*handles, loc="outside lower center", ncols=ncols, markerscale=3)
     save_figure(fig, out)
     print(f"{len(runs)} runs -> {out}")
 
