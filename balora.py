@@ -742,11 +742,12 @@ def starts(model, report, seed, calibrate, state, only):
                 rank = len(state.get(f"{name}.A", ()))
             yield name, rank, s, None
         return
+    chosen = set(names[only] if only else names)
     measured = ((name, rank, None) for name in names)
     if spec.statistic is not None:
         measured = measure(model, names, report, calibrate)
     for name, rank, found in tqdm(measured, report.method, len(names), unit="layer", disable=None):
-        if only and name not in names[only]:
+        if name not in chosen:
             yield name, rank, s, None
             continue
         W = off_mps(model.get_submodule(name).weight.detach())

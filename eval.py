@@ -401,7 +401,7 @@ def ask_judge(judge_url, judge_model, system, text):
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        http = openai.DefaultHttpxClient(follow_redirects=False)  # to another host, which would rate
+        http = openai.DefaultHttpxClient(follow_redirects=False)  # another host would rate
         client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5, http_client=http)
         reply = client.chat.completions.create(**how).choices[0].message.content
         if not isinstance(reply, str):

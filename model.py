@@ -801,7 +801,8 @@ def read_config(folder):
         config = config_from(read_json(path))
     more = os.path.join(folder, "generation_config.json")
     if os.path.exists(more):
-        config.eos += as_tuple(read_json(more).get("eos_token_id"))
+        with reading(more):
+            config.eos += as_tuple(read_json(more).get("eos_token_id"))
     return config
 
 

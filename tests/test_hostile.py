@@ -72,6 +72,12 @@ def test_fields_of_config_json(folder):
     assert calls > 130
 
 
+def test_end_tokens_of_generation_config(folder):
+    for value in ("x", {}, [{}], [[]]):
+        Path("base/generation_config.json").write_text(json.dumps(dict(eos_token_id=value)))
+        assert outcome(model.load, "base").startswith("base/generation_config.json"), value
+
+
 def test_cut_and_random_files(folder):
     rng = random.Random(0)
     for file in ("model.safetensors", "config.json"):
