@@ -379,7 +379,7 @@ class Stack(nn.Module):
         L = x.shape[1]
         first = 0 if cache is None else cache.length - L
         if c.window and first + L > c.window:
-            raise ValueError(f"{first + L} tokens; the model's sliding_window is {c.window}, use less")
+            raise ValueError(f"{first + L} tokens; the sliding_window is {c.window}: use shorter ones")
         bias = self.allowed_keys(mask, L, x.device) if first == 0 else cache.real[:, None, None]
         position = None
         if c.position == "rope":
@@ -929,7 +929,8 @@ def assign(net, tensors, dtype, device, seed, order=None):
             w = w.to(dtype)
         net.load_state_dict({name: w.to(device)}, strict=False, assign=True)
     if tied_head is not None and not torch.equal(tied_head.to(dtype), net.head.cpu()):
-        raise ValueError("lm_head.weight is not the embedding; is tie_word_embeddings wrong?")
+        advice = "set tie_word_embeddings to false in config.json"
+        raise ValueError(f"lm_head.weight is not the embedding, though the config ties them: {advice}")
     new = [name for name in want if name.startswith("classifier.")]
     missing = sorted(set(want) - set(new))
     for problem, keys in (("the checkpoint lacks", missing), ("the config has no place for", unexpected)):
@@ -962,7 +963,7 @@ class Tokenizer:
     def pair(self, a, b=None, max_len=0):
         """One text or two -> ids with special tokens, at most max_len (0: any): the longer text is cut."""
         if b is not None and not self.between:
-            raise ValueError('pair: no form for two texts; write one ("sentence1: ... sentence2: ...")')
+            raise ValueError('pair: no form for two texts; join them ("sentence1: ... sentence2: ...")')
         between = [] if b is None else [*self.between]
         frame = len(self.bos) + len(between) + len(self.end)
         if 0 < max_len < frame:

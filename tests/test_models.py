@@ -152,7 +152,7 @@ def test_a_sliding_window_is_named(tmp_path):
     decoder_folder(tmp_path, "mistral")
     net, _ = model.load(str(tmp_path))
     assert net.config.max_len == 64 and net(torch.ones(1, 64, dtype=torch.long)).shape[1] == 64
-    with pytest.raises(ValueError, match="65 tokens; the model's sliding_window is 64"):
+    with pytest.raises(ValueError, match="65 tokens; the sliding_window is 64: use shorter ones"):
         net(torch.ones(1, 65, dtype=torch.long))
     assert [len(a) for a in net.generate([[5] * 60], 20, eos=())] == [4]
     edit_config(tmp_path, sliding_window=None)
