@@ -29,7 +29,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -896,18 +895,22 @@ def extract_answer(text):
 # -----------------------------------------------------------------------------
 # What an evaluation measures
 
+POSITIONS = 256  # of the spectrum
+
 
 @torch.no_grad()
 def measure(net, examples, batch_size, K, k, teacher=None):
     """The poster's three concerns on held-out rows -> dict:
 
     loss: nats per response token. drift: mean KL(P_P ‖ P_F), T = 1, nats per token; None without a teacher.
-    diversity: mean entropy within the top K, nats. spectrum: mean over batches of Σ_{i≤k} σ_i / Σ_j σ_j of Z.
+    diversity: mean entropy within the top K, nats. spectrum: Σ_{i≤k} σ_i / Σ_j σ_j of Z at POSITIONS positions.
+    Logits are fp32: in a 16-bit network its own rounding alone is a drift of about 1e-3 nats per token.
     """
-    E_P = net.head if teacher is None else teacher.head
+    E = net.head.float()
+    E_P = E if teacher in (None, net) else teacher.head.float()
     R = balora.head_factor(net.head)
     sums = torch.zeros(3)
-    spectra = []
+    first = []  # states of the POSITIONS first ones: σ of a matrix depend on how many rows it has
     batches = batches_by_length([len(prompt) + len(answer) for prompt, answer in examples], batch_size)
     with balora.evaluating(net):
         for rows in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=None):
@@ -915,18 +918,18 @@ def measure(net, examples, batch_size, K, k, teacher=None):
             H_F = net.hidden(ids)[valid]  # [M, d]
             if not H_F.isfinite().all():
                 raise ValueError("evaluation: the hidden states are not finite; lower --learning_rate")
+            first.append(H_F[: max(0, POSITIONS - sum(map(len, first)))])
             H_P = None
             if teacher is not None:
                 with balora.teacher(teacher):
-                    H_P = teacher.hidden(ids)[valid]
-            *means, _ = balora.token_losses(H_F, y, net.head, H_P, E_P, (0, 0, 0), T=1.0, K=K)
+                    H_P = teacher.hidden(ids)[valid].float()
+            *means, _ = balora.token_losses(H_F.float(), y, E, H_P, E_P, (0, 0, 0), T=1.0, K=K)
             sums += len(y) * torch.stack(means).cpu()
-            sigma = balora.singular_values(F.linear(H_F.float(), R))
-            spectra.append((sigma[:k].sum() / sigma.sum()).item())
     M = sum(len(answer) for _, answer in examples)
     loss, drift, dr = (sums / M).tolist()
     record = dict(loss=loss, drift=None if teacher is None else drift, diversity=-dr)
-    return record | dict(spectrum=statistics.mean(spectra))
+    sigma = balora.singular_values(F.linear(torch.cat(first).float(), R))
+    return record | dict(spectrum=(sigma[:k].sum() / sigma.sum()).item())
 
 
 def exact_match(net, tok, asked, max_new):

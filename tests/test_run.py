@@ -256,7 +256,7 @@ def test_measure_by_hand(small):
     examples = [([256, 5, 6], [7, 8, 9, 257]), ([256, 9], [3, 257])]
     got = measure(net, examples, batch_size=1, K=5, k=2, teacher=net)
     loss = drift = entropy = 0.0
-    shares = []
+    logits = []
     with torch.no_grad():
         for prompt, answer in examples:
             ids = torch.tensor([prompt + answer])
@@ -266,13 +266,41 @@ def test_measure_by_hand(small):
             loss += F.cross_entropy(Z_F, torch.tensor(answer), reduction="sum").item()
             drift += F.kl_div(Z_F.log_softmax(-1), Z_P.softmax(-1), reduction="sum").item()
             entropy += torch.distributions.Categorical(logits=Z_F.topk(5).values).entropy().sum().item()
-            sigma = torch.linalg.svdvals(Z_F)
-            shares.append((sigma[:2].sum() / sigma.sum()).item())
+            logits.append(Z_F)
     assert got["loss"] == pytest.approx(loss / 6, rel=1e-4)
     assert got["drift"] == pytest.approx(drift / 6, rel=1e-4)
     assert got["diversity"] == pytest.approx(entropy / 6, rel=1e-4)
-    assert got["spectrum"] == pytest.approx(sum(shares) / 2, rel=1e-3)
-    assert measure(net, examples, batch_size=2, K=5, k=2)["drift"] is None
+    sigma = torch.linalg.svdvals(torch.cat(logits))
+    assert got["spectrum"] == pytest.approx((sigma[:2].sum() / sigma.sum()).item(), rel=1e-3)
+    together = measure(net, examples, batch_size=2, K=5, k=2)
+    assert together["drift"] is None
+    assert together["spectrum"] == pytest.approx(got["spectrum"], rel=1e-5)  # whatever the batch
+
+
+def test_spectrum_is_of_a_fixed_number_of_positions(small, monkeypatch):
+    """σ depend on the number of rows: the same network gives the same share on few rows and on many."""
+    net = small(vocab_size=259)
+    examples = [([256], [*range(first, first + 8)]) for first in range(0, 240, 8)]
+    monkeypatch.setattr(train_nlg, "POSITIONS", 16)
+    few = measure(net, examples[:2], batch_size=1, K=5, k=2)["spectrum"]
+    many = measure(net, examples, batch_size=7, K=5, k=2)["spectrum"]
+    assert many == pytest.approx(few, rel=1e-5)
+    monkeypatch.setattr(train_nlg, "POSITIONS", 256)
+    assert abs(measure(net, examples, batch_size=7, K=5, k=2)["spectrum"] - few) > 0.05
+
+
+def test_measure_makes_fp32_logits_of_a_16_bit_network(small):
+    """Rounded logits alone report a drift; on SmolLM2 they double its floor, 1.5e-3 against 0.7e-3 nats."""
+    net = small(vocab_size=259, dtype=torch.bfloat16)
+    net.head.data *= 100  # confident, as a trained network is
+    ids = torch.arange(40)[None]
+    got = measure(net, [([0], [*range(1, 40)])], batch_size=1, K=5, k=2)["loss"]
+    with torch.no_grad():
+        H = net.hidden(ids)[0, :-1]
+    exact = F.cross_entropy(F.linear(H.float(), net.head.float()), ids[0, 1:]).item()
+    rounded = F.cross_entropy(F.linear(H, net.head).float(), ids[0, 1:]).item()
+    assert got == pytest.approx(exact, rel=1e-6)
+    assert got != pytest.approx(rounded, rel=1e-5)
 
 
 # The run's folder
