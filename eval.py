@@ -16,7 +16,6 @@ import glob
 import hashlib
 import inspect
 import json
-import math
 import operator
 import os
 import pathlib
@@ -31,7 +30,6 @@ import textwrap
 import time
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 import balora
@@ -63,6 +61,7 @@ from train_nlg import (
     save_figure,
     write_text,
 )
+from train_nlu import label_rows, plot_features
 
 # -----------------------------------------------------------------------------
 # The model that is judged, and its answers
@@ -78,12 +77,14 @@ def load_run(run, init="", device="auto", dtype="auto"):
         return *model.load(init, dtype, device), {}
     record = read_run(run)
     settings = record["settings"]
+    how = {}
     if "task" in settings:
-        raise ValueError(f"{run} is a classifier ({settings['task']}), which features and table are for")
+        labels = record["labels"]
+        how = dict(task="classify", n_classes=len(labels) or 1, labels=labels)
     full = os.path.join(run, "model")
     if os.path.isdir(full):
-        return *model.load(full, dtype, device), settings
-    net, tok = model.load(record["base"], dtype, device)
+        return *model.load(full, dtype, device, **how), settings
+    net, tok = model.load(record["base"], dtype, device, **how)
     if net.weights_hash != record["weights_hash"]:
         raise ValueError(f"{run} was tuned on weights {record['weights_hash']}, not on these of {net.source}")
     layers = balora.load_adapter(net, os.path.join(run, "adapter"))
@@ -145,6 +146,9 @@ class Subject:
 
     def __post_init__(self):
         self.net, self.tok, self.settings = load_run(self.run, self.init, self.device, self.dtype)
+        if "task" in self.settings:
+            what = f"{self.run} is a classifier ({self.settings['task']})"
+            raise ValueError(f"{what}, which predict, merge, features and table are for")
         own = self.settings.get("template", "")
         if own and self.template not in ("", own):
             raise ValueError(f"--template={self.template}: {self.run} was tuned with the template {own!r}")
@@ -694,6 +698,20 @@ def merge(run="", device="auto", dtype="auto", out=""):
     print(f"{count} layers merged in fp32, rounded once to {net.head.dtype} -> {out}")
 
 
+def predict(run="", data="", device="auto", dtype="auto", out=""):
+    """A classifier's label and probabilities for each row of a file, written as .csv."""
+    import pandas  # which `datasets` brings
+
+    net, tok, settings = load_run(run, "", device, dtype)
+    if "task" not in settings:
+        raise ValueError(f"{run} is a language model, which sample and the benchmarks are for")
+    records, found = label_rows(net, tok, settings, data)
+    frame = pandas.concat([pandas.DataFrame(records), pandas.DataFrame(found)], axis=1)
+    path = out or os.path.join(run, "predictions.csv")
+    write_text(path, frame.to_csv(index=False))
+    print(f"{len(frame)} rows, the last columns are {', '.join(found[0])} -> {path}")
+
+
 # -----------------------------------------------------------------------------
 # Figures of several runs
 
@@ -704,48 +722,9 @@ def curves(*runs, out="out/curves.png"):
     print(f"{len(runs)} runs -> {out}")
 
 
-def read_features(run):
-    """The features.npz of a classifier's run -> features [N, d], y [N], predicted [N], the classes' words."""
-    path = os.path.join(run, "features.npz")
-    with model.reading(path, "expected the folder of a finished train_nlu.py run"):
-        with np.load(path) as f:
-            X, y, predicted, labels = f["features"], f["y"], f["Z"].argmax(1), f["labels"].tolist()
-    if len(set(y)) < 2 or not labels:
-        raise ValueError(f"{run}: its dev rows are not of two or more classes; nothing to tell apart")
-    return X, y, predicted, labels
-
-
 def features(*runs, out="out/features.png"):
     """t-SNE of classifiers' last-layer features, a panel per run, with silhouette and recalls."""
-    from sklearn.manifold import TSNE
-    from sklearn.metrics import recall_score, silhouette_score
-
-    words = read_features(runs[0])[3]
-    columns = min(3, len(runs))
-    lines = math.ceil(len(runs) / columns)
-    fig, axes = new_figure(lines, columns, (3.4 * columns, 3.2 * lines))
-    for ax in axes.flat:
-        ax.axis("off")
-    print(f"run, rows, silhouette, recall of {', '.join(words)}")
-    for letter, run, ax in zip("abcdefghijklmnopqrstuvwxyz", runs, axes.flat):
-        X, y, predicted, labels = read_features(run)
-        if labels != words:
-            raise ValueError(f"{run} has the classes {labels}, {runs[0]} {words}; one figure shows one task")
-        silhouette = silhouette_score(X, y)
-        recalls = recall_score(y, predicted, labels=range(len(labels)), average=None, zero_division=0)
-        numbers = "  ".join(f"{recall:.3f}" for recall in recalls)
-        print(f"{last_name(run):<32}{len(y):>6}{silhouette:>10.4f}     {numbers}")
-        # At most 300 points of a class are drawn.
-        drawn = np.concatenate([np.flatnonzero(y == c)[:300] for c in range(len(labels))])
-        perplexity = min(30, len(drawn) // 4)
-        points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(X[drawn])
-        for c, (word, colour) in enumerate(zip(labels, COLOURS)):
-            ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
-        ax.set_title(f"({letter}) {last_name(run)}\nsilhouette {silhouette:.2f}", fontsize=8)
-    handles = axes.flat[0].get_legend_handles_labels()
-    ncols = len(words) if columns > 1 else 1  # one panel is too narrow for all words in a line
-    fig.legend(*handles, loc="outside lower center", ncols=ncols, markerscale=3)
-    save_figure(fig, out)
+    plot_features(runs, out)
     print(f"{len(runs)} runs -> {out}")
 
 
@@ -987,8 +966,8 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
 # fmt: off
 COMMANDS = {
     "gsm8k": gsm8k, "math": competition_math, "humaneval": humaneval, "mbpp": mbpp, "mtbench": mtbench,
-    "judge": judge, "loss": loss, "sample": sample, "merge": merge, "curves": curves, "features": features,
-    "table": table,
+    "judge": judge, "loss": loss, "sample": sample, "merge": merge, "predict": predict, "curves": curves,
+    "features": features, "table": table,
 }
 NOTES = {                             # of the options that are not of Subject
     "runs": "run folders",

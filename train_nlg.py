@@ -903,8 +903,8 @@ def measure(net, examples, batch_size, K, k, teacher=None):
     """The poster's three concerns on held-out rows -> dict:
 
     loss: nats per response token. drift: mean KL(P_P ‖ P_F), T = 1, nats per token; None without a teacher.
-    diversity: mean entropy within the top K, nats. spectrum: Σ_{i≤k} σ_i / Σ_j σ_j of Z at POSITIONS positions.
-    Logits are fp32: in a 16-bit network its own rounding alone is a drift of about 1e-3 nats per token.
+    diversity: mean entropy within the top K, nats. spectrum: Σ_{i≤k} σ_i / Σ_j σ_j of Z, of POSITIONS rows.
+    Logits are fp32. A bf16 network's own rounding still reports a drift of about 1e-3 nats per token.
     """
     E = net.head.float()
     E_P = E if teacher in (None, net) else teacher.head.float()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import balora
 import model
 from train_nlg import (
+    COLOURS,
     RANK,
     Run,
     accumulate,
@@ -38,11 +39,13 @@ from train_nlg import (
     check_ranks,
     finish,
     last_name,
+    new_figure,
     own_parts,
     parse,
     print_estimate,
     read_records,
     run_main,
+    save_figure,
     update,
 )
 
@@ -215,7 +218,7 @@ TASKS = {
                  headless=("id", "qid1", "qid2", "question1", "question2", "label")),
     "rte":  Task("RTE", TWO, ENTAILS, "rte sentence1: {a} sentence2: {b}"),
     "stsb": Task("STS-B", TWO, (), "", columns=(*TWO, "score"), metric="combined"),
-    "world": Task("", (), NLI, ""),   # what tiny knows about: the next section
+    "world": Task("", ("premise", "hypothesis"), NLI, ""),  # what tiny knows about: the next section
     "own":  Task("", (), (), ""),     # of `own_task`
 }
 OWN_FIELDS = (("text",), ("text_a", "text_b"))
@@ -229,18 +232,28 @@ SPLITS = {                            # in GLUE's folders and on the hub -> here
 def own_task(data):
     """The task of a file with the columns text, or text_a and text_b, and label; classes as they appear."""
     records = read_records(data) if data else []
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    fields = next((names for names in OWN_FIELDS if {*names, "label"} <= {*columns}), None)
-    if fields is None:
-        expected = "--data=FILE with the columns text, or text_a and text_b, and label"
-        raise ValueError(f"--task=own --data={data}: expected {expected}; there are {columns}")
+    fields = own_fields(data, records, "label")
     found = [str(record["label"]) for record in records if record.get("label") is not None]
     labels = tuple(dict.fromkeys(found))
     print(f"{data}: {len(labels)} classes, {', '.join(labels)}; read {', '.join(fields)}, label")
     if not 2 <= len(labels) <= 1000:
         raise ValueError(f"--task=own --data={data}: {len(labels)} different labels; expected 2 to 1000")
-    prompt = " ".join(f"{name}: {{{letter}}}" for name, letter in zip(fields, "ab"))
-    return Task("", fields, labels, f"classify {prompt}")
+    return Task("", fields, labels, own_prompt(fields))
+
+
+def own_fields(data, records, *also):
+    """The names of the one or two texts among the columns of a file; `also` has to be there, too."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    fields = next((names for names in OWN_FIELDS if {*names, *also} <= {*columns}), None)
+    if fields is None:
+        expected = " and ".join(["--data=FILE with the columns text, or text_a and text_b", *also])
+        raise ValueError(f"--task=own --data={data}: expected {expected}; there are {columns}")
+    return fields
+
+
+def own_prompt(fields):
+    """For T5: "classify text_a: {a} text_b: {b}"."""
+    return "classify " + " ".join(f"{name}: {{{letter}}}" for name, letter in zip(fields, "ab"))
 
 
 def read_glue(task, data="", eval_data=""):
@@ -787,6 +800,84 @@ def save_features(run, net, dev, labels):
     arrays = dict(features=features, Z=Z, y=[label for _, label in rows], labels=labels)
     if RANK == 0:
         balora.write_atomic(run.path("features.npz"), functools.partial(np.savez, **arrays))
+
+
+# -----------------------------------------------------------------------------
+# What eval.py asks of finished runs: labels of new rows, a figure of features
+
+
+def label_rows(net, tok, settings, data):
+    """A run's network, the rows of a file -> the rows, and for each a dict: predicted and probabilities."""
+    task = settings["task"]
+    records = read_records(data)
+    if task == "own":
+        fields = own_fields(data, records)
+        prompt = own_prompt(fields)
+    else:
+        fields = TASKS[task].fields
+        prompt = TASKS[task].prompt
+    rows = []
+    for number, record in enumerate(records, 1):
+        texts = [record.get(name) for name in fields]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{data}, row {number}: expected text in {', '.join(fields)}, not {texts}")
+        rows.append((texts[0], texts[1] if len(texts) == 2 else None, 0))
+    longest = settings["max_len"]
+    if net.config.position == "learned":
+        longest = min(longest, net.config.max_len)
+    examples = encode(rows, tok, longest, prompt if net.config.family == "t5" else "")
+    Z, _ = predict(net, examples, "predict")
+    if not net.labels:
+        return records, [dict(predicted=score) for score in Z[:, 0].tolist()]
+    found = []
+    for shares in Z.softmax(-1).tolist():
+        best = net.labels[shares.index(max(shares))]
+        found.append(dict(predicted=best, **{f"p_{word}": p for word, p in zip(net.labels, shares)}))
+    return records, found
+
+
+def read_features(run):
+    """The features.npz of a classifier's run -> features [N, d], y [N], predicted [N], the classes' words."""
+    path = os.path.join(run, "features.npz")
+    with model.reading(path, "expected the folder of a finished train_nlu.py run"):
+        with np.load(path) as f:
+            X, y, predicted, labels = f["features"], f["y"], f["Z"].argmax(1), f["labels"].tolist()
+    if len(set(y)) < 2 or not labels:
+        raise ValueError(f"{run}: its dev rows are not of two or more classes; nothing to tell apart")
+    return X, y, predicted, labels
+
+
+def plot_features(runs, path):
+    """t-SNE of the features, a panel per run with its silhouette; recalls are printed."""
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import recall_score, silhouette_score
+
+    words = read_features(runs[0])[3]
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    fig, axes = new_figure(lines, columns, (3.4 * columns, 3.2 * lines))
+    for ax in axes.flat:
+        ax.axis("off")
+    print(f"run, rows, silhouette, recall of {', '.join(words)}")
+    for letter, run, ax in zip("abcdefghijklmnopqrstuvwxyz", runs, axes.flat):
+        X, y, predicted, labels = read_features(run)
+        if labels != words:
+            raise ValueError(f"{run} has the classes {labels}, {runs[0]} {words}; one figure shows one task")
+        silhouette = silhouette_score(X, y)
+        recalls = recall_score(y, predicted, labels=range(len(labels)), average=None, zero_division=0)
+        numbers = "  ".join(f"{recall:.3f}" for recall in recalls)
+        print(f"{last_name(run):<32}{len(y):>6}{silhouette:>10.4f}     {numbers}")
+        # At most 300 points of a class are drawn.
+        drawn = np.concatenate([np.flatnonzero(y == c)[:300] for c in range(len(labels))])
+        perplexity = min(30, len(drawn) // 4)
+        points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(X[drawn])
+        for c, (word, colour) in enumerate(zip(labels, COLOURS)):
+            ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
+        ax.set_title(f"({letter}) {last_name(run)}\nsilhouette {silhouette:.2f}", fontsize=8)
+    handles = axes.flat[0].get_legend_handles_labels()
+    ncols = len(words) if columns > 1 else 1  # one panel is too narrow for all words in a line
+    fig.legend(*handles, loc="outside lower center", ncols=ncols, markerscale=3)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """train_nlu.py through its command line: resume, the teacher's logits, accumulation, what cannot act, bad input, every family."""
 
+import csv
 import json
 import random
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, encoder_config, log, randomise, same_run, t5_config
 from tokenizers import BertWordPieceTokenizer
 
@@ -423,3 +425,41 @@ def test_own_data_for_classification(base, capsys):
     ):
         with pytest.raises(ValueError, match=words):
             train_nlu.main([*argv, "--task=own", *argv2, "--out_dir=bad"])
+
+
+def test_predict_and_merge_of_a_classifier(base, capsys):
+    """The probabilities of a run, of its merged folder in transformers, and of a file's rows are the same."""
+    lines = ["id,text,label", *(f'{i},"w{i} w{i % 7}",{"praise" if i % 2 else "blame"}' for i in range(30))]
+    (base / "own.csv").write_text("\n".join(lines))
+    argv = [a for a in COMMON if not a.startswith(("--task", "--data", "--eval_data"))]
+    train_nlu.main(
+        [*argv, "--task=own", "--data=own.csv", "--max_iters=4", "--out_dir=own", "--learning_rate=0.02"]
+    )
+    (base / "new.csv").write_text("id,text\n7,w3 w9 w1\n8,w40 w2\n")
+    capsys.readouterr()
+    eval.main(["predict", "--run=own", "--data=new.csv"])
+    assert "2 rows, the last columns are predicted, p_blame, p_praise -> own" in capsys.readouterr().out
+    with open("own/predictions.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["id"] for row in rows] == ["7", "8"]
+    eval.main(["merge", "--run=own", "--out=merged"])
+    net = transformers.AutoModelForSequenceClassification.from_pretrained("merged").eval()
+    tok = model.load("merged", task="classify", n_classes=2)[1]
+    assert list(net.config.id2label.values()) == ["blame", "praise"]
+    for row in rows:
+        with torch.no_grad():
+            shares = net(torch.tensor([tok.pair(row["text"])])).logits.softmax(-1)[0]
+        assert abs(float(row["p_praise"]) - shares[1].item()) < 1e-5
+        assert row["predicted"] == ("praise" if shares[1] > 0.5 else "blame")
+    for argv, words in (
+        (["--run=own", "--data=own.csv", "--device=tpu"], "tpu"),
+        (["--run=merged", "--data=own.csv"], "not the folder of a run"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            eval.main(["predict", *argv])
+    (base / "empty.csv").write_text("words,label\na,b\n")
+    with pytest.raises(ValueError, match="expected --data=FILE with the columns text"):
+        eval.main(["predict", "--run=own", "--data=empty.csv"])
+    write("gap.jsonl", [{"text": "a"}, {"text": None}])
+    with pytest.raises(ValueError, match="row 2: expected text in text, not"):
+        eval.main(["predict", "--run=own", "--data=gap.jsonl"])
