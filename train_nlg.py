@@ -932,6 +932,43 @@ def measure(net, examples, batch_size, K, k, teacher=None):
     return record | dict(spectrum=(sigma[:k].sum() / sigma.sum()).item())
 
 
+def read_text(path):
+    """Plain text, or the strings in the rows of a .json, .jsonl, .csv or .parquet file."""
+    if os.path.splitext(path)[1] not in KINDS:
+        with model.reading(path, "expected plain text"), open(path, encoding="utf-8") as f:
+            return f.read()
+    texts = []
+    for row in read_records(path, "--text"):
+        texts += [value for value in row.values() if isinstance(value, str)]
+    return "\n".join(texts)
+
+
+@torch.no_grad()
+def compare_on_text(net, tok, path, limit=0):
+    """Text far from the task, in windows of 256 tokens -> {before, after, forgetting, drift}, [windows] each
+
+    before, after: losses of the pre-trained and of the tuned network, nats per token; forgetting: their gap.
+    """
+    if not balora.adapted_layers(net):
+        raise ValueError("--text compares with the pre-trained network: give the --run of an adapter")
+    ids = tok.encode(read_text(path))
+    windows = [ids[first : first + 256] for first in range(0, len(ids) - 255, 256)][: limit or None]
+    if len(windows) < 2:
+        raise ValueError(f"--text={path}: {len(ids)} tokens; expected two windows of 256 or more")
+    E = net.head.float()
+    found = []
+    with balora.evaluating(net):
+        for window in tqdm(windows, desc="text", unit="window", leave=False, disable=None):
+            ids, valid, y = collate([(tok.bos or window[:1], window[len(tok.bos) == 0 :])], E.device)
+            H_F = net.hidden(ids)[valid].float()  # [256, d]
+            with balora.teacher(net):
+                H_P = net.hidden(ids)[valid].float()
+            after, drift, _, _ = balora.token_losses(H_F, y, E, H_P, E, (0, 0, 0), T=1.0, K=1)
+            before, _, _, _ = balora.token_losses(H_P, y, E, None, E, (0, 0, 0), T=1.0, K=1)
+            found.append([before.item(), after.item(), after.item() - before.item(), drift.item()])
+    return dict(zip(("before", "after", "forgetting", "drift"), np.array(found).T))
+
+
 def exact_match(net, tok, asked, max_new):
     """Greedy answers to held-out examples -> share with the right number; None where no row has one."""
     answers = net.generate([prompt for prompt, _ in asked], max_new)

@@ -26,15 +26,8 @@ from tqdm import tqdm
 
 import balora
 import model
+from train_nlg import COLOURS, RANK, Run, accumulate, attach, batch_order, batches_by_length, check_method
 from train_nlg import (
-    COLOURS,
-    RANK,
-    Run,
-    accumulate,
-    attach,
-    batch_order,
-    batches_by_length,
-    check_method,
     check_numbers,
     check_ranks,
     finish,
@@ -43,11 +36,8 @@ from train_nlg import (
     own_parts,
     parse,
     print_estimate,
-    read_records,
-    run_main,
-    save_figure,
-    update,
 )
+from train_nlg import read_records, run_main, save_figure, update
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -878,6 +868,7 @@ def plot_features(runs, path):
     ncols = len(words) if columns > 1 else 1  # one panel is too narrow for all words in a line
     fig.legend(*handles, loc="outside lower center", ncols=ncols, markerscale=3)
     save_figure(fig, path)
+    print(f"{len(runs)} runs -> {path}")
 
 
 if __name__ == "__main__":

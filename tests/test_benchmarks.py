@@ -250,7 +250,7 @@ def says(monkeypatch, tmp_path):
     class Says:
         text, asked, limit = (lambda prompt: "x"), [], 10**9
 
-    def generate(net, prompts, max_new=256, temperature=0.0, top_p=1.0, eos=None, seed=0):
+    def generate(net, prompts, max_new=256, temperature=0.0, eos=None, seed=0):
         answers = []
         for ids in prompts:
             if Says.limit == 0:
@@ -440,7 +440,7 @@ def test_on_a_run(base, says, shared, capsys):
     assert (f"{first[0]}\nThe answer is: {first[0]}\n\n{first[1]}\n", 0.7) in says.asked and lines_of(
         "run/mtbench.jsonl"
     )[1]["model_id"] == "run"
-    command("judge", "--run=run", f"--data={shared}/mt_bench/question.jsonl")
+    command("judge", "--answers=run/mtbench.jsonl", f"--data={shared}/mt_bench/question.jsonl")
     assert (
         "0 of 4 turns are rated (--judge_url=URL rates the rest) -> run/mtbench-gpt-4_single.jsonl"
         in capsys.readouterr().out
@@ -668,7 +668,7 @@ def test_judge_goes_on_where_it_was_stopped(server, answers, capsys):
     path.write_text(path.read_text().replace("first 81", "another"))
     with pytest.raises(ValueError, match="question 81 turn 1 was rated for another answer"):
         command(*args, f"--judge_url={server.url}")
-    with pytest.raises(ValueError, match="mine.jsonlx, which is no file here"):
+    with pytest.raises(ValueError, match="mine.jsonlx: expected the mtbench.jsonl"):
         command(*args, f"--answers={path}x")
 
 

@@ -105,9 +105,8 @@ def test_padded_batches_generate_as_single_rows(device):
     net = net_on(device, torch.float32)
     prompts = [[3], [9, 8, 7, 6, 5, 4], [11, 12] * 20]
     assert net.generate(prompts, 20, eos=[-1]) == [net.generate([p], 20, eos=[-1])[0] for p in prompts]
-    assert net.generate(prompts, 20, temperature=1.0, top_p=0.9, eos=[-1], seed=1) == net.generate(
-        prompts, 20, temperature=1.0, top_p=0.9, eos=[-1], seed=1
-    )
+    drawn = [net.generate(prompts, 20, temperature=1.0, eos=[-1], seed=1) for _ in range(2)]
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -319,3 +319,87 @@ def test_the_posters_values_average_as_printed():
                 scores = [float(values[name].split("±")[0]) for name in names[:-1]]
                 average = sum(scores) / len(scores)
                 assert average == pytest.approx(float(values[names[-1]]), abs=0.0101), (which, method)
+
+
+def test_forgetting_by_hand(run, capsys, tmp_path):
+    """Loss of both networks and the drift on windows of other text, against transformers on base and merged."""
+    from transformers import AutoModelForCausalLM
+
+    rng = random.Random(1)
+    text = "".join(rng.choice("abcdefgh \n") for _ in range(3 * 256 + 100))
+    (tmp_path / "other.txt").write_text(text)
+    command("loss", f"--run={run}/out", f"--text={tmp_path}/other.txt", "--dtype=float32")
+    assert "other.txt: 3 windows" in capsys.readouterr().out
+    got = json.loads((run / "out/forgetting.jsonl").read_text().splitlines()[-1])
+    command("merge", f"--run={run}/out", f"--out={tmp_path}/merged", "--dtype=float32")
+    losses = {}
+    logits = {}
+    tok = eval.load_run(f"{run}/out")[1]
+    ids = torch.tensor([[*tok.bos, *tok.encode(text[i : i + 256])] for i in (0, 256, 512)])
+    for name, folder in (("before", run / "base"), ("after", tmp_path / "merged")):
+        with torch.no_grad():
+            Z = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[:, :-1]
+        logits[name] = Z.log_softmax(-1)
+        losses[name] = torch.nn.functional.cross_entropy(
+            Z.transpose(1, 2), ids[:, 1:], reduction="none"
+        ).mean(1)
+        assert got[name][0] == pytest.approx(losses[name].mean().item(), abs=1e-4)
+    gaps = losses["after"] - losses["before"]
+    assert got["forgetting"][0] == pytest.approx(gaps.mean().item(), abs=1e-4) and abs(gaps.mean()) > 1e-3
+    assert got["forgetting"][1] == pytest.approx(
+        4.302653 * gaps.std().item() / 3**0.5, rel=0.02
+    )  # t, 2 degrees
+    drift = torch.nn.functional.kl_div(logits["after"], logits["before"], log_target=True, reduction="none")
+    assert got["drift"][0] == pytest.approx(drift.sum(-1).mean().item(), rel=0.01)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict(text=text[:400], n=3, code=text[400:])))
+    command("loss", f"--run={run}/out", f"--text={tmp_path}/rows.jsonl", "--limit=2")
+    assert "rows.jsonl: 2 windows" in capsys.readouterr().out
+    (tmp_path / "short.txt").write_text("too short")
+    for argv, words in (
+        ([f"--run={run}/out", f"--text={tmp_path}/short.txt"], "9 tokens; expected two windows of 256"),
+        ([f"--init={run}/base", f"--text={tmp_path}/other.txt"], "give the --run of an adapter"),
+        ([f"--run={run}/out", f"--text={tmp_path}/none.txt"], "expected plain text"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            command("loss", *argv)
+
+
+def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
+    """Drift and forgetting that both follow the loss: correlated over all runs, hardly at equal loss."""
+    import numpy as np
+    from scipy import stats
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    names = []
+    values = []
+    for i in range(24):
+        at = rng.normal()
+        drift, forgot = at + 0.3 * rng.normal(), at + 0.3 * rng.normal()
+        name = f"{'lora' if i % 2 else 'pissa'}-1e-{i}-0"
+        fake_run(tmp_path / name, "lora", i, {})
+        last = json.loads((tmp_path / name / "eval.json").read_text())
+        last[-1] |= dict(loss=at, drift=drift)
+        (tmp_path / name / "eval.json").write_text(json.dumps(last))
+        line = dict(text="t", adapter=eval.adapter_hash(name), forgetting=[forgot, 0.1])
+        (tmp_path / name / "forgetting.jsonl").write_text(json.dumps(line) + "\n")
+        names.append(name)
+        values.append([drift, forgot, at])
+    command("scatter", *names, "--out=s.png")
+    out = capsys.readouterr().out
+    a, b, c = stats.rankdata(np.array(values), axis=0).T
+    whole = stats.spearmanr(a, b).statistic
+    rest = [x - np.polyval(np.polyfit(c, x, 1), c) for x in (a, b)]
+    partial = stats.pearsonr(*rest).statistic  # of the residuals of the ranks
+    assert f"rank correlation of drift and forgetting: {whole:.2f}, 95 % interval" in out and whole > 0.7
+    assert (
+        f"rank correlation of drift and forgetting at equal loss: {partial:.2f}, 95" in out and partial < 0.6
+    )
+    assert "24 runs -> s.png" in out and (tmp_path / "s.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="5 runs have drift, forgetting and loss; expected six"):
+        command("scatter", *names[:5])
+    command("table", names[0])
+    assert "forgetting" in capsys.readouterr().out
+    (tmp_path / names[0] / "forgetting.jsonl").write_text(json.dumps(line | dict(adapter="other")) + "\n")
+    command("table", names[0])
+    assert "forgetting left out (of another adapter)" in capsys.readouterr().out

@@ -852,23 +852,3 @@ def test_code_in_an_answer(answer):
 def test_the_first_block_counts_as_documented():
     answer = f"Usage:\n```python\nprint(add([1]))\n```\nCode:\n```python\n{F_}```"
     assert eval.extract_code(answer) == "print(add([1]))\n"
-
-
-def test_a_function_in_a_later_block_is_said_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    decoder_folder(tmp_path / "base")
-    row = dict(task_id="x", prompt="def add(xs, extra=0):\n", entry_point="add", test="def check(f): pass")
-    (tmp_path / "he.jsonl").write_text(json.dumps(row))
-    (tmp_path / "out").mkdir()
-    for name, answer, missed in (
-        ("late", f"```python\nx\n```\n```python\n{F_}```", True),
-        ("first", F_, False),
-    ):
-        monkeypatch.setattr(
-            eval.Subject, "answer", lambda *a, answer=answer: ("", [dict(row=0, answer=answer)])
-        )
-        eval.main(["humaneval", "--init=base", "--data=he.jsonl", f"--out={name}"])
-        assert (
-            json.loads((tmp_path / f"out/{name}-samples.jsonl").read_text())["function_in_later_block"]
-            is missed
-        )
