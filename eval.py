@@ -636,8 +636,7 @@ def loss(subject, data="rows.jsonl", text="", last=0, limit=0):
     if text:
         return forgetting(subject, text, limit)
     settings = subject.settings
-    rows = read_rows(data, settings.get("prompt_field", ""), settings.get("response_field", ""))
-    rows = rows[-last:][: limit or None]
+    rows = read_rows(data)[-last:][: limit or None]
     examples, line = encode_rows(rows, subject.tok, subject.template, settings.get("max_len", 512))
     print(f"{data}: {line}")
     teacher = subject.net if balora.adapted_layers(subject.net) else None
@@ -835,7 +834,7 @@ def long_table(runs, by):
 
     lines = []
     for run in runs:
-        if os.path.exists(os.path.join(run, "loss.png")):  # what a run writes last
+        if os.path.exists(os.path.join(run, "log.jsonl")) and read_run(run).get("finished"):
             lines += read_result(run, by)
         else:
             print(f"{run}: not a finished run; left out")
@@ -1026,7 +1025,7 @@ def main(argv):
     function = COMMANDS[name]
     how = dict(description=function.__doc__, allow_abbrev=False, exit_on_error=False)
     parser = argparse.ArgumentParser(prog=f"eval.py {name}", **how)
-    notes = NOTES | field_notes(Subject)
+    notes = NOTES | {name: note for name, (_, note) in field_notes(Subject).items()}
     parameters = inspect.signature(function).parameters
     fields = dataclasses.fields(Subject) if "subject" in parameters else ()
     own = {field.name: field.default for field in fields}

@@ -13,6 +13,7 @@ At first reading skip to `main`: the loop is one page. The sections before it se
 """
 
 import argparse
+import atexit
 import copy
 import csv
 import dataclasses
@@ -33,11 +34,13 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,8 +69,6 @@ class Settings:
     data: str = ""                    # .json .jsonl .csv .parquet file or hub name[:split]; tiny has its own
     max_rows: int = 0                 # use the first N rows; 0: all
     eval_rows: int = 256              # held out: the last N rows
-    prompt_field: str = ""            # name of the instruction's field; empty: recognised
-    response_field: str = ""          # name of the response's field; empty: recognised
     template: str = "alpaca"          # alpaca, plain, chat (the model's own), or text with {instruction}
     max_len: int = 512                # tokens of prompt + response; longer rows are dropped
     # adapter
@@ -161,6 +162,11 @@ def truth(text):
     return text.lower() in ("true", "1", "yes")
 
 
+# What other programs call them.
+USUAL = dict(lr="learning_rate", rank="r", lora_alpha="alpha", batch="batch_size", bs="batch_size",
+             steps="max_iters", max_steps="max_iters", model="init", output_dir="out_dir")  # fmt: skip
+
+
 def parse_options(parser, argv):
     """-> {option: value} of those given. Raises ValueError, which `run_main` prints in one line."""
     try:
@@ -169,7 +175,8 @@ def parse_options(parser, argv):
         raise ValueError(e) from None
     if unknown:
         names = [option.lstrip("-") for option in parser._option_string_actions]
-        hint = balora.nearest(unknown[0].lstrip("-").split("=")[0], names)
+        word = unknown[0].lstrip("-").split("=")[0]
+        hint = balora.nearest(USUAL.get(word, word), names)
         raise ValueError(f"unknown option {unknown[0]}: {hint}--help lists them all")
     return vars(given)
 
@@ -180,16 +187,22 @@ def parse(cls, argv, presets, by):
     For each field in `by`, in this order: presets[last name of its value] replaces defaults. The command line
     wins. The methods' own options are options, too: those given are in `settings.options`.
     """
-    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, exit_on_error=False)
+    lines = [f"  {name:<14}{json.dumps(preset)}" for name, preset in presets.items()]
+    how = dict(epilog="\n".join(["presets:", *lines]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, exit_on_error=False, **how)
     notes = field_notes(cls)
+    sections = dict.fromkeys(section for section, _ in notes.values())
+    groups = {section: parser.add_argument_group(section) for section in sections}
     for f in dataclasses.fields(cls):
         if f.name != "options":
             kind = float if f.default is None else type(f.default)
-            add_option(parser, f.name, kind, f"{notes[f.name]} (default: {f.default})")
+            section, note = notes[f.name]
+            add_option(groups[section], f.name, kind, f"{note} (default: {f.default})")
     own = {name: default for spec in balora.METHODS.values() for name, default in spec.options.items()}
+    group = parser.add_argument_group("of one method")
     for name, default in own.items():
         methods = [method for method, spec in balora.METHODS.items() if name in spec.options]
-        add_option(parser, name, type(default), f"of {', '.join(methods)} (default: {default})")
+        add_option(group, name, type(default), f"of {', '.join(methods)} (default: {default})")
     given = parse_options(parser, argv)
     options = {name: given.pop(name) for name in own if name in given}
     preset = {}
@@ -200,8 +213,15 @@ def parse(cls, argv, presets, by):
 
 
 def field_notes(cls):
-    """The comment behind each field of a dataclass."""
-    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(cls), re.M))
+    """{field of a dataclass: (the comment line above its section, the comment behind the field)}"""
+    notes = {}
+    section = "run"
+    line = r"(?m)^    (?:# (.+)|(\w+): [^#\n]+#\s*(.+))$"
+    for title, name, note in re.findall(line, inspect.getsource(cls)):
+        section = title or section
+        if name:
+            notes[name] = section, note
+    return notes
 
 
 def last_name(path):
@@ -230,25 +250,37 @@ def check_method(s, paper_lambdas):
             raise ValueError(f"--{f.name} with --init={s.init}: only tiny is pre-trained here; leave it out")
 
 
-STOPPED = "\nstopped; the same command goes on where it was (training: add --resume)"
+STOPPED = "\nstopped{}; the same command goes on where it was (training: add --resume)"
 
 
 def run_main(main):
     """Run main(argv). What a user caused is one line and exit code 2; `python -X dev` shows where."""
     leave = print_and_leave
+    atexit.register(flush_or_leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if RANKS > 1:
             leave = join_ranks()
         main(sys.argv[1:])
         if RANKS > 1:
             dist.destroy_process_group()
-    except KeyboardInterrupt:
-        leave(STOPPED, 130)
+    except KeyboardInterrupt as e:
+        leave(STOPPED.format(e), 130)
+    except BrokenPipeError:
+        flush_or_leave()
     except Exception as e:
         if sys.flags.dev_mode or not (RANKS > 1 or isinstance(e, ValueError | OSError)):
             raise
         where = "" if isinstance(e, ValueError | OSError) else f"rank {RANK}: {type(e).__name__} "
         leave(f"error: {where}{' '.join(str(e).split())}", 2)
+
+
+def flush_or_leave():
+    """Write out what was printed. Where nobody reads any more (`| head`), end without a word."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(141)
 
 
 def print_and_leave(words, status):
@@ -275,7 +307,7 @@ def join_ranks():
         os._exit(status)  # without waiting for what other ranks should have sent
 
     def stop(*_):
-        leave(STOPPED, 130)
+        leave(STOPPED.format(""), 130)
 
     def watch():  # a rank that waits for one that has failed sees no signal
         while not store.check(["failed"]):
@@ -387,6 +419,7 @@ class Run:
         self.out = s.out_dir
         self.record = None  # config.json, of a run that is there already
         self.evaluations = []  # eval.json
+        self.stopping = False
         if not os.path.exists(self.path("config.json")):
             return
         self.record = read_run(self.out)
@@ -397,7 +430,10 @@ class Run:
             words += ["choose another --out_dir, or --overwrite"]
             raise ValueError(f"{self.out} holds another run: {''.join(words)}")
         if not (s.resume or s.overwrite):
-            raise ValueError(f"{self.out} holds this run: --resume goes on with it, --overwrite repeats it")
+            words = "--resume goes on with it, --overwrite repeats it"
+            if self.record["commit"] != commit():
+                words = f"by {self.record['commit']}; this code, {commit()}, repeats it with --overwrite"
+            raise ValueError(f"{self.out} holds this run: {words}")
 
     def path(self, name):
         return os.path.join(self.out, name)
@@ -410,7 +446,10 @@ class Run:
         there = self.record["weights_hash"]
         if there != net.weights_hash:
             raise ValueError(f"--resume: {self.out} was run on weights {there}, these are {net.weights_hash}")
-        with model.reading(path):
+        with model.reading(path), zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
             start = torch.load(path, map_location="cpu", weights_only=True)
         print(f"--resume: {self.out} goes on after step {start['step']}")
         return start
@@ -430,11 +469,25 @@ class Run:
             self.optimizer.load_state_dict(start["optimizer"])
             self.scaler.load_state_dict(start["scaler"])
             self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
+        if RANKS == 1:
+            signal.signal(signal.SIGINT, self.ask_to_stop)
+            signal.signal(signal.SIGTERM, self.ask_to_stop)
         if RANKS > 1:  # rank 0 changes the folder when all have read it
             settings = {name: value for name, value in vars(s).items() if name not in FREE}
             compare_ranks(dict(settings, weights=net.weights_hash, step=step, **more))
         if RANK > 0:
             return step
+        os.makedirs(self.out, exist_ok=True)
+        self.lock = filelock.FileLock(self.path(".lock"), is_singleton=True)
+        try:
+            self.lock.acquire(timeout=0)  # until this process ends
+        except filelock.Timeout:
+            raise ValueError(f"{self.out} is in use by another process; wait for it, or stop it") from None
+        # Drop records after `step` and an incomplete last line.
+        kept = read_lines(self.path("log.jsonl")) if start else []
+        kept = [record for record in kept if record["step"] <= step]
+        if len(kept) < step:
+            raise ValueError(f"{self.path('log.jsonl')} has {len(kept)} of {step} steps; use --overwrite")
         if not start:
             for name in os.listdir(self.out) if self.record else ():  # what an earlier run left here
                 if name.endswith((".jsonl", "eval.json", "checkpoint.pt", "features.npz", "loss.png")):
@@ -445,16 +498,15 @@ class Run:
             self.record = dict(settings=vars(s), source=net.source, base=base)
             name = torch.cuda.get_device_name() if device.startswith("cuda") else device
             self.record |= dict(weights_hash=net.weights_hash, device=name, threads=torch.get_num_threads())
-            command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-            git = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
-            self.record |= dict(torch=torch.__version__, commit=git and git.stdout.strip(), **more)
+            self.record |= dict(torch=torch.__version__, commit=commit(), **more)
         self.record["settings"]["ranks"] = s.ranks
-        os.makedirs(self.out, exist_ok=True)
-        write_text(self.path("config.json"), json.dumps(self.record, indent=1, ensure_ascii=False))
-        # Drop records after `step` and an incomplete last line.
-        kept = [record for record in read_lines(self.path("log.jsonl")) if record["step"] <= step]
+        self.write_record(finished=False)
         write_text(self.path("log.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
         return step
+
+    def write_record(self, finished):
+        self.record["finished"] = finished
+        write_text(self.path("config.json"), json.dumps(self.record, indent=1, ensure_ascii=False))
 
     def add_evaluation(self, record):
         """Print it, and put it into eval.json."""
@@ -464,13 +516,25 @@ class Run:
         shown = [f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float)]
         print(f"eval at step {record['step']} | " + " | ".join(shown), flush=True)
 
+    def ask_to_stop(self, *_):
+        """Ctrl-C and SIGTERM end a run after the step; a second one ends it at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
     def save(self, step, net, **more):
-        """Write checkpoint.pt: all that a run needs to go on from `step`, but for the frozen weights."""
+        """Write adapter/, loss.png and checkpoint.pt, all that a run needs to go on from `step`."""
         if RANK > 0:
             return
+        s = self.s
+        if s.method != "full":
+            balora.save_adapter(net, self.path("adapter"), base=model.HUB.get(s.init, s.init))
+        plot_curves([self.out], self.path("loss.png"))
         state = dict(step=step, net=trained_state(net), optimizer=self.optimizer.state_dict(), **more)
         state["scaler"] = self.scaler.state_dict()
         balora.write_atomic(self.path("checkpoint.pt"), functools.partial(torch.save, state))
+        if self.stopping:
+            raise KeyboardInterrupt(f" after step {step}")
 
     def log(self, step, max_iters, terms, lambdas, norm, lr, tokens, clock):
         """A line of log.jsonl: terms and their weights, gradient norm, rate, speed, memory. Printed, too."""
@@ -495,6 +559,14 @@ class Run:
             reason = f"the loss or its gradient is not finite, or zero; lower --learning_rate ({lr:.2g})"
             kept = ", the last checkpoint is kept" if os.path.exists(self.path("checkpoint.pt")) else ""
             raise ValueError(f"step {step}: {reason}{kept}")
+
+
+def commit():
+    """The commit of this code, "-dirty" where it was changed since; "" outside of a clone."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def trained_state(net):
@@ -603,9 +675,7 @@ def finish(s, run, net):
         return
     if s.method == "full":
         net.save(run.path("model"))
-    else:
-        balora.save_adapter(net, run.path("adapter"), base=model.HUB.get(s.init, s.init))
-    plot_curves([run.out], run.path("loss.png"))
+    run.write_record(finished=True)
     before = run.evaluations[0]
     print(f"\n{'':<20}{'before':>10}{'after':>10}")
     for name, after in run.evaluations[-1].items():
@@ -653,23 +723,34 @@ def save_figure(fig, path):
     balora.write_atomic(path, functools.partial(fig.savefig, format="png", dpi=130))
 
 
+CURVES = dict(task="task loss (nats)", grad_norm="gradient norm", cr="L_CR", dr="L_DR", svdr="L_SVDR")
+
+
 def plot_curves(runs, path):
-    """Training loss and gradient norm of each run (the poster's "Optimization Dynamics"), thick: averages."""
-    fig, [axes] = new_figure(1, 2, (10, 3.6))
+    """Loss, gradient norm (the poster's "Optimization Dynamics") and terms of each run; thick: averages."""
+    fig, axes = new_figure(2, 3, (12, 6))
+    axes.flat[5].axis("off")
+    seen = {name: [] for name in CURVES}
     for run, colour in zip(runs, COLOURS * len(runs)):
         log = read_lines(os.path.join(run, "log.jsonl"))
         if not log:
             raise ValueError(f"{run}: no log.jsonl, or an empty one; nothing to draw")
         steps = [record["step"] for record in log]
         window = math.ceil(len(log) / 20)
-        for ax, name in zip(axes, ("task", "grad_norm")):
+        axes.flat[5].plot([], [], color=colour, label=last_name(run))
+        for ax, name in zip(axes.flat, CURVES):
             values = np.array([record[name] for record in log], dtype=float)  # null becomes a gap
             average = np.convolve(values, np.ones(window) / window, mode="valid")
             ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
-            ax.plot(steps[window - 1 :], average, color=colour, lw=1.6, label=last_name(run))
-    axes[0].set(xlabel="optimizer step", ylabel="task loss (nats)")
-    axes[1].set(xlabel="optimizer step", ylabel="gradient norm")
-    axes[0].legend()
+            ax.plot(steps[window - 1 :], average, color=colour, lw=1.6)
+            seen[name] += values[np.isfinite(values)].tolist()
+    for ax, name in zip(axes.flat, CURVES):
+        ax.set(xlabel="optimizer step", ylabel=CURVES[name])
+        if seen[name]:
+            low, high = np.quantile(seen[name], (0.1, 0.9), method="nearest")
+            room = 3 * (high - low) + 1e-9  # a single spike does not flatten the rest
+            ax.set_ylim(max(min(seen[name]), low - room), min(max(seen[name]), high + room) + 0.02 * room)
+    axes.flat[5].legend(loc="center")
     save_figure(fig, path)
 
 
@@ -692,18 +773,18 @@ KINDS = (".json", ".jsonl", ".csv", ".parquet")
 # fmt: on
 
 
-def read_rows(data, prompt_field="", response_field="", limit=0):
+def read_rows(data, limit=0):
     """A file or hub data set -> list of (instruction, or messages before the last answer; input; response)"""
     records = read_records(data)[: limit or None]
     names = list(dict.fromkeys(name for record in records for name in record))
-    question = prompt_field or next((name for name in PROMPT_FIELDS if name in names), None)
-    answer = response_field or next((name for name in RESPONSE_FIELDS if name in names), None)
+    question = next((name for name in PROMPT_FIELDS if name in names), None)
+    answer = next((name for name in RESPONSE_FIELDS if name in names), None)
     given = "input" if question == "instruction" else None
     chat = next((name for name in CHAT_FIELDS if name in names and not (question and answer)), None)
-    for option, name in (("prompt_field", question), ("response_field", answer)):
-        if name not in names and not chat:
+    for kind, name in ((PROMPT_FIELDS, question), (RESPONSE_FIELDS, answer)):
+        if not (name or chat):
             known = ", ".join(map(str, names))
-            raise ValueError(f"{data}: --{option}={name} is not there; give one of its fields: {known}")
+            raise ValueError(f"{data}: rename one of its fields, {known}, to one of {', '.join(kind)}")
     unread = [str(name) for name in names if name not in (question, answer, given, chat)]
     if unread:
         print(f"{data}: read {chat or f'{question}, {answer}'}; not read: {', '.join(unread)}")
@@ -828,7 +909,9 @@ def encode_rows(rows, tok, template, max_len):
     """-> list of (prompt ids, response ids with EOS), tokenised apart; a line on what was dropped."""
     examples = []
     dropped = Counter()
-    for instruction, given, response in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
+    for instruction, given, response in tqdm(
+        rows, desc="tokenise", unit="row", disable=len(rows) < 5000 or None
+    ):
         if not instruction or not response.strip():
             dropped["no prompt" if not instruction else "no response"] += 1
             continue
@@ -1020,6 +1103,7 @@ def tiny_rows(seed, eval_rows):
 def pretrain_tiny(s, device):
     """Pre-train the tiny model on additions, a share of them wrong. -> its folder"""
     recipe = dict(seed=s.seed, noise=s.pretrain_noise, iters=s.pretrain_iters, text=[*KNOWN, *NAMES, *THINGS])
+    recipe["problem"] = inspect.getsource(problem)
     net, tok = model.load("tiny", seed=s.seed, device=device)
     rng = random.Random(f"additions {s.seed}")
 
@@ -1042,12 +1126,17 @@ def pretrain_tiny(s, device):
 def load_rows(s):
     """-> training rows, held-out rows."""
     if s.data:
-        rows = read_rows(s.data, s.prompt_field, s.response_field, s.max_rows)
+        rows = read_rows(s.data, s.max_rows)
     else:
         rows = tiny_rows(s.seed, s.eval_rows)[: s.max_rows or None]
-    if len(rows) <= s.eval_rows:
-        raise ValueError(f"{s.data or s.init}: --eval_rows={s.eval_rows} holds out all of {len(rows)} rows")
-    return rows[: -s.eval_rows], rows[-s.eval_rows :]
+    held_out = s.eval_rows
+    if len(rows) <= held_out:
+        held_out = math.ceil(len(rows) / 10)
+        words = f"--eval_rows={s.eval_rows} would hold out all of {len(rows)} rows"
+        print(f"{s.data}: {words}; a tenth, {held_out}, is held out instead")
+    if len(rows) < 2:
+        raise ValueError(f"{s.data}: one row; expected one to train on and one to hold out, at least")
+    return rows[:-held_out], rows[-held_out:]
 
 
 def encode_examples(s, net, tok, rows, held_out):
@@ -1180,8 +1269,10 @@ def main(argv):
 
         tokens = sum(lengths[i] for i in rows)
         run.log(step, max_iters, terms, lambdas, norm, lr, tokens, clock)
-        if step % s.eval_interval == 0 or step == max_iters:
+        due = step % s.eval_interval == 0 or step == max_iters
+        if due:
             evaluate()
+        if due or run.stopping:
             run.save(step, net)
     finish(s, run, net)
     for prompt, reference in held_out[: 0 if s.shard else 3]:  # with --shard each token moves the blocks

@@ -545,7 +545,7 @@ def encode(rows, tok, max_len, prompt=""):
     """rows -> list of (ids, label). prompt: T5's, which reads one text. Long rows are cut and counted."""
     examples = []
     cut = 0
-    for a, b, label in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000):
+    for a, b, label in tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000 or None):
         texts = [prompt.format(a=a, b=b)] if prompt else [a, b]
         ids = tok.pair(*texts)
         if len(ids) > max_len:
@@ -772,8 +772,10 @@ def main(argv):
 
         tokens = sum(lengths[i] for i in rows)
         run.log(step, max_iters, terms, lambdas, norm, lr, tokens, clock)
-        if step % eval_interval == 0 or step == max_iters:
+        due = step % eval_interval == 0 or step == max_iters
+        if due:
             evaluate()
+        if due or run.stopping:
             run.save(step, net, Z_P=teacher)
     save_features(run, net, splits["dev"], labels)
     finish(s, run, net)

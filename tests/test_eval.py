@@ -168,7 +168,7 @@ def fake_run(folder, method, seed, scores, metric=None, data="d", **settings):
     weight = 0.1 if method == "balora" else 0
     own = dict(init="base", method=method, seed=seed, options={}, data=data)
     own |= dict(lambda1=weight, lambda2=weight, lambda3=weight) | settings
-    record = dict(settings=own, trainable=1234, weights_hash="w", metric=metric)
+    record = dict(settings=own, trainable=1234, weights_hash="w", metric=metric, finished=True)
     (folder / "config.json").write_text(json.dumps(record))
     (folder / "log.jsonl").write_text(json.dumps(dict(step=1, peak_GiB=0.5 + seed / 10, seconds=60)) + "\n")
     last = dict(step=1, loss=1.0 + seed / 10, drift=0.25)

@@ -67,7 +67,7 @@ def test_default_run_in_small(tmp_path, monkeypatch, capsys):
         "trainable 81,920 of 886,272",
     ):
         assert word in out, word
-    files = {"config.json", "log.jsonl", "eval.json", "checkpoint.pt", "adapter", "loss.png"}
+    files = {"config.json", "log.jsonl", "eval.json", "checkpoint.pt", "adapter", "loss.png", ".lock"}
     assert {p.name for p in (tmp_path / "out/tiny-balora-0").iterdir()} == files
     cached = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("tiny-noise*/*")}
     train_nlg.main([*argv, "--method=lora"])
@@ -130,10 +130,137 @@ def test_sigkill_at_any_moment(base):
                 break
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not os.path.exists("parts/loss.png"), "the run ended before it could be killed"
+        assert not train_nlg.read_run("parts")["finished"], "the run ended before it could be killed"
     subprocess.run([*argv, "--out_dir=parts", "--resume"], check=True, capture_output=True)
     same_run("whole", "parts")
     assert len(log("whole")) == 30
+
+
+def start(*argv):
+    """The command in a process of its own, once it has taken two steps."""
+    command = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, *argv]
+    there = len(train_nlg.read_lines("parts/log.jsonl"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while time.time() < deadline and process.poll() is None:
+        if len(train_nlg.read_lines("parts/log.jsonl")) >= there + 2:
+            break
+        time.sleep(0.01)
+    return process
+
+
+def test_a_signal_ends_a_run_after_the_step_and_leaves_an_adapter(base, capsys):
+    """Ctrl-C, then SIGTERM, far from any evaluation: each leaves a checkpoint and an adapter that loads."""
+    argv = ["--max_iters=60", "--eval_interval=1000"]
+    train(*argv, "--out_dir=whole")
+    steps = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(*argv, "--out_dir=parts", *["--resume"] * len(steps))
+        process.send_signal(number)
+        words = process.communicate()[1]
+        steps.append(torch.load("parts/checkpoint.pt", weights_only=True)["step"])
+        assert process.returncode == 130
+        assert f"stopped after step {steps[-1]}; the same command goes on where it was" in words
+        assert "Traceback" not in words
+        capsys.readouterr()
+        eval.main(["sample", "--run=parts", "--prompt=hi", "--max_new=3"])
+        assert "balora adapter on 14 layers" in capsys.readouterr().out
+        eval.main(["curves", "parts", "--out=c.png"])
+        with pytest.raises(ValueError, match="no finished run"):
+            eval.main(["table", "parts"])
+    assert 2 <= steps[0] < steps[1] < 60
+    train(*argv, "--out_dir=parts", "--resume")
+    assert f"goes on after step {steps[1]}" in capsys.readouterr().out
+    same_run("whole", "parts")
+
+
+def test_a_run_folder_is_used_by_one_process_at_a_time(base):
+    process = start("--max_iters=1000", "--out_dir=parts", "--eval_interval=1000")
+    before = (base / "parts/config.json").read_bytes()
+    other = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=1000", "--out_dir=parts"]
+    other = subprocess.run([*other, "--eval_interval=1000", "--overwrite"], capture_output=True, text=True)
+    process.kill()
+    process.wait()
+    assert other.returncode == 2 and "error: parts is in use by another process" in other.stderr
+    assert (base / "parts/config.json").read_bytes() == before
+    train("--max_iters=2", "--out_dir=parts", "--overwrite")  # the lock has died with its process
+
+
+def test_a_damaged_run_is_named_and_left_as_it_is(base):
+    argv = ["--max_iters=8", "--out_dir=o"]
+    train(*argv)
+    files = {p: p.read_bytes() for p in (base / "o").iterdir() if p.is_file()}
+    data = bytearray(files[base / "o/checkpoint.pt"])
+    data[len(data) // 2] ^= 1
+    (base / "o/checkpoint.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="checkpoint.pt: .* is damaged"):
+        train(*argv, "--resume")
+    (base / "o/checkpoint.pt").write_bytes(files[base / "o/checkpoint.pt"])
+    lines = files[base / "o/log.jsonl"].splitlines(keepends=True)
+    (base / "o/log.jsonl").write_bytes(b"".join(lines[:3] + lines[4:]))
+    with pytest.raises(ValueError, match="log.jsonl has 7 of 8 steps; use --overwrite"):
+        train(*argv, "--resume")
+    assert (base / "o/eval.json").read_bytes() == files[base / "o/eval.json"]
+
+
+def test_after_a_change_of_the_code_a_run_is_repeated_not_resumed(base, monkeypatch):
+    train("--max_iters=2", "--out_dir=o")
+    with pytest.raises(ValueError, match="holds this run: --resume goes on with it, --overwrite repeats it"):
+        train("--max_iters=2", "--out_dir=o")
+    monkeypatch.setattr(train_nlg, "commit", lambda: "abc-dirty")
+    with pytest.raises(ValueError, match="this code, abc-dirty, repeats it with --overwrite") as e:
+        train("--max_iters=2", "--out_dir=o")
+    assert "--resume" not in str(e.value)
+
+
+def test_a_tenth_is_held_out_where_eval_rows_are_too_many(base, capsys):
+    train("--max_iters=1", "--out_dir=o", "--eval_rows=60")
+    out = capsys.readouterr().out
+    assert "--eval_rows=60 would hold out all of 60 rows; a tenth, 6, is held out instead" in out
+    assert "training: 54 rows read" in out and "held out: 6 rows read" in out
+    with pytest.raises(ValueError, match="holds this run"):  # the settings are as given
+        train("--max_iters=1", "--out_dir=o", "--eval_rows=60")
+
+
+def test_the_figure_shows_the_terms_and_a_spike_does_not_flatten_it(base, monkeypatch):
+    train("--max_iters=20", "--out_dir=o")
+    lines = train_nlg.read_lines("o/log.jsonl")
+    lines[11]["grad_norm"] = 1e6
+    (base / "o/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(train_nlg, "save_figure", lambda fig, path: drawn.append(fig))
+    train_nlg.plot_curves(["o"], "x.png")
+    axes = {ax.get_ylabel(): ax for ax in drawn[0].axes}
+    assert {"task loss (nats)", "gradient norm", "L_CR", "L_DR", "L_SVDR"} < axes.keys()
+    for label, name in (("L_CR", "cr"), ("L_DR", "dr"), ("L_SVDR", "svdr"), ("task loss (nats)", "task")):
+        drawn_values = axes[label].lines[0].get_ydata().tolist()
+        assert drawn_values == [line[name] for line in lines]
+    usual = sorted(line["grad_norm"] for line in lines)[-2]
+    assert axes["gradient norm"].get_ylim()[1] < 10 * usual
+
+
+def test_help_has_sections_and_presets_and_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} {ROOT / 'train_nlg.py'} --help"
+    text = subprocess.run(command.split(), capture_output=True, text=True).stdout
+    for words in ("\nobjective:\n", "\nmachine:\n", "\nof one method:\n", "\npresets:\n", "llama2-7b"):
+        assert words in text
+    piped = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True)
+    assert piped.stderr == "" and piped.stdout.startswith("usage")
+
+
+def test_a_log_has_no_progress_bars(base):
+    """Standard error is no terminal here: it stays empty."""
+    argv = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=2", "--out_dir=o"]
+    assert subprocess.run(argv, capture_output=True, text=True).stderr == ""
+
+
+def test_a_changed_recipe_pre_trains_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--pretrain_iters=2", "--max_iters=1", "--eval_generate=0", "--eval_rows=2"]
+    train_nlg.main(argv)
+    monkeypatch.setattr(train_nlg, "KNOWN", (*train_nlg.KNOWN, train_nlg.NEW))
+    train_nlg.main([*argv, "--overwrite"])
+    assert len(list((tmp_path / "out").glob("tiny-*/model.safetensors"))) == 2
 
 
 def test_accumulation_equals_the_large_batch(base):
@@ -317,12 +444,14 @@ def fails(capsys, monkeypatch, *argv):
             "--label_smoothing=2.0: expected a number at least 0 and at most 1",
         ),
         (["--data=nowhere.json"], "nowhere.json"),
-        (["--eval_rows=60"], "holds out all of 60 rows"),
         (["--max_len=3"], "48 dropped: longer than 3 tokens"),
         (["--max_len=5"], "no row is left"),
         (["--targets=w_proj"], "nothing matches w_proj"),
         (["--dtype=int8"], "expected auto"),
-        (["--prompt_field=text"], "its fields: question, answer"),
+        (["--prompt_field=text"], "unknown option --prompt_field"),
+        (["--lr=1"], "unknown option --lr=1: did you mean learning_rate?"),
+        (["--batch=1"], "did you mean batch_size?"),
+        (["--model=x"], "did you mean init?"),
         (["--learning_rate=nan"], "--learning_rate=nan"),
         (["--init=nowhere"], "--init=nowhere"),
         (["--template=x"], "{instruction}"),
