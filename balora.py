@@ -19,8 +19,9 @@ form on the right is what is computed and saved: in 16 bits B A - B0 A0 would lo
     print(balora.attach(net, "balora", r=16, alpha=16))     # net: any module that holds nn.Linear layers
     with balora.teacher(net): H_P = hidden(net, ids)        # the pre-trained network
     total, terms = balora.loss_nlg(hidden(net, ids), y, E, H_P)
-    balora.save_adapter(net, "out/adapter")                 # a plain LoRA in peft's format
 
+Read the six regularizers, loss_nlg, Anchored, init_pissa, attach, teacher, then `main` of train_nlg.py. At
+first skip the other layers and starts, what is measured before, AdaLoRA's budget, how adapters are saved.
     W [out, in]; A [r, in], B [out, r]     frozen weight; trained factors; s = alpha / r
     Z_F, Z_P [N, D] or [M, V]              logits of the tuned and of the pre-trained network
     N, D; M, V                             examples, classes; response tokens to predict, vocabulary
@@ -924,7 +925,7 @@ def allocate(model, step, max_iters, r, cuts, beta=0.85):
     if p < 1:
         for layer in layers:
             layer.observe(beta)
-    if (p > 1 or step % every == 0) and b < b0:  # between two cuts, training may bring an E back
+    if (p > 1 or step % every == 0) and b < b0:  # as loralib; between cuts, training may bring an E back
         scores = [layer.importance() for layer in layers]
         threshold = torch.cat(scores).kthvalue(b0 - b).values
         for layer, score in zip(layers, scores):
@@ -1013,7 +1014,7 @@ def save_adapter(model, folder, base=None):
         config |= dict(r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, bias="none")
         config |= dict(target_modules=sorted(ranks if partly else last), use_dora=kind is DoRA)
     state = {f"base_model.model.{name}": t.cpu().contiguous() for name, t in state.items()}
-    weights = save(state, {"format": "pt", "form": "lora_B = s [ΔB, B0], lora_A = [A; ΔA]"})
+    weights = save(state, {"format": "pt"})  # one entry: several come in random order
     os.makedirs(folder, exist_ok=True)
     text = json.dumps(config, indent=1).encode()
     write_atomic(os.path.join(folder, "adapter_model.safetensors"), methodcaller("write", weights))

