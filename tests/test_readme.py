@@ -42,7 +42,8 @@ def test_the_notebook_example_runs_as_printed(tmp_path):
     assert (tmp_path / "out/notebook/adapter_model.safetensors").exists()
 
 
-def test_the_trainer_example_runs_as_printed(tmp_path, monkeypatch):
+def test_the_loop_and_the_trainer_example_run_as_printed(tmp_path, monkeypatch):
+    """All three terms act, the teacher stays exact through both, the adapter loads in peft."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sizes = dict(
@@ -53,16 +54,29 @@ def test_the_trainer_example_runs_as_printed(tmp_path, monkeypatch):
     ids = torch.randint(10, 300, (24, 20))
     labels = ids.masked_fill(torch.arange(20) < 12, -100)
     rows = [dict(input_ids=i, attention_mask=torch.ones_like(i), labels=y) for i, y in zip(ids, labels)]
-    found = dict(rows=rows)
-    exec(re.findall(r"```python\n(.*?)```", README, re.S)[1], found)
+    whole = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    found = dict(rows=rows, batches=[{name: x[i : i + 8] for name, x in whole.items()} for i in (0, 8, 16)])
+    text = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    loop, trainer = text.split("\n\n\nclass ")
+    assert len(loop.strip().splitlines()) <= 26
+    exec(loop, found)
+    assert all(value != 0 for value in found["terms"].values()) and len(found["terms"]) == 4
     net = found["net"].eval()
+
+    def check():
+        with torch.no_grad():
+            before, after = base(ids).logits, net(ids).logits
+            with balora.teacher(net):
+                assert torch.equal(net(ids).logits, before)
+        return (after - before).abs().max(), after
+
+    moved, after = check()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("path/to/base"), "out/adapter")
     with torch.no_grad():
-        before, after = base(ids).logits, net(ids).logits
-        with balora.teacher(net):
-            assert torch.equal(net(ids).logits, before)
-        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("path/to/base"), "out/adapter")
-        moved = (after - before).abs().max()
         assert moved > 1e-3 and (again(ids).logits - after).abs().max() < moved / 100
+    exec(f"class {trainer}", found)
+    net.eval()
+    assert (check()[1] - after).abs().max() > 1e-4
 
 
 def test_the_loops_are_bash():
