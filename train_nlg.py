@@ -1092,6 +1092,8 @@ def problem(rng, template, noise=0.0):
 
 def tiny_rows(seed, eval_rows):
     """512 clean problems to learn from and eval_rows others held out, the same for every method."""
+    if eval_rows > 20_000:
+        raise ValueError(f"--eval_rows={eval_rows}: the world of tiny has 20,000 rows to hold out, at most")
     rng = random.Random(f"stories {seed}")
     rows = {}
     while len(rows) < 512 + eval_rows:

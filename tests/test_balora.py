@@ -979,3 +979,30 @@ def test_the_svd_term_takes_any_dtype_and_zeros(dtype):
     zero = torch.zeros(4, 3, dtype=dtype, requires_grad=True)
     balora.svdr_nlg(zero, 2).backward()
     assert zero.grad.abs().max() == 0
+
+
+def test_equal_adapters_are_equal_files(small, tmp_path):
+    """A file's bytes are a function of its tensors: benchmarks tell adapters apart by a hash of them."""
+    net = small()
+    balora.attach(net, "balora", r=4)
+    for i in range(8):
+        balora.save_adapter(net, tmp_path / str(i))
+    assert len({(tmp_path / str(i) / "adapter_model.safetensors").read_bytes() for i in range(8)}) == 1
+
+
+@pytest.mark.parametrize("method", ["balora", "lora", "dora", "adalora"])
+def test_a_teacher_inside_a_teacher(small, method):
+    """The inner one leaves the outer one on, also where it ends by an error; afterwards the bracket is back."""
+    net = small()
+    ids = torch.arange(3, 12)[None]
+    before = net(ids)
+    balora.attach(net, method, r=4)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data += 0.05
+    tuned = net(ids).detach()
+    with balora.teacher(net):
+        with pytest.raises(KeyError), balora.teacher(net):
+            raise KeyError
+        assert torch.equal(net(ids), before)
+    assert torch.equal(net(ids), tuned) and not torch.equal(tuned, before)

@@ -456,6 +456,7 @@ def fails(capsys, monkeypatch, *argv):
         (["--init=nowhere"], "--init=nowhere"),
         (["--template=x"], "{instruction}"),
         (["--r=two"], "invalid int"),
+        (["--init=tiny", "--data=", "--eval_rows=50000"], "the world of tiny has 20,000 rows"),
         (["--init=tiny", "--pretrain_noise=2"], "--pretrain_noise=2.0: expected"),
         (["--pretrain_noise=0.5"], "only tiny is pre-trained here"),
         (["--gamma=3"], "lora-ga"),
