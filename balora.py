@@ -315,7 +315,7 @@ class DoRA(LoRA):
         if self.on:
             without_b = y if self.bias is None else y - self.bias
             change = self.m / self.norms() - 1  # at the start m = n: exactly 0
-            y = y + change.to(x.dtype) * without_b
+            y = y + change.to(y.dtype) * without_b
         return y
 
     def merged(self):

@@ -1006,3 +1006,46 @@ def test_a_teacher_inside_a_teacher(small, method):
             raise KeyError
         assert torch.equal(net(ids), before)
     assert torch.equal(net(ids), tuned) and not torch.equal(tuned, before)
+
+
+@pytest.mark.parametrize(
+    "method", [m for m, spec in balora.METHODS.items() if spec.layer and issubclass(spec.layer, balora.LoRA)]
+)
+def test_every_method_under_autocast(small, method):
+    """fp32 weights, bf16 autocast: the base bit for bit at the start and by the teacher; the bracket to 1 %."""
+    net = small()
+    ids = torch.arange(3, 40)[None]
+
+    def calibrate(turn):
+        for row in torch.randint(3, 211, (6, 1, 30), generator=torch.Generator().manual_seed(turn)):
+            net(row).logsumexp(-1).sum().backward() if torch.is_grad_enabled() else net(row)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        base = net(ids)
+    balora.attach(net, method, r=4, calibrate=calibrate)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(ids), base)
+    rng = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape, generator=rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(ids).float().square().mean().backward()
+        with balora.teacher(net):
+            assert torch.equal(net(ids), base)
+    for name, layer in balora.adapted_layers(net).items():
+        x = torch.randn(20, layer.weight.shape[1], generator=rng)
+        with torch.no_grad():
+            exact = layer(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+        assert y.dtype == torch.bfloat16 and (y - exact).norm() < 0.01 * exact.norm(), name
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters() if p.requires_grad)
+
+
+def test_the_norm_of_many_logits_is_exact():
+    """k = all σ: the randomised SVD is exact, so what is left is ‖Z‖_F (torch's fp32 norm was 0.1 to 2 % off)."""
+    Z = 3 + torch.randn(64, 49152, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linalg.svdvals(Z.double())
+    exact = -(sigma.sum() / sigma.square().sum().sqrt()).item()
+    assert balora.svdr_nlg(Z, 64).item() == pytest.approx(exact, rel=2e-5)
