@@ -257,6 +257,7 @@ def run_main(main):
     """Run main(argv). What a user caused is one line and exit code 2; `python -X dev` shows where."""
     leave = print_and_leave
     atexit.register(flush_or_leave)
+    sys.stdout.reconfigure(errors="replace")  # where a terminal cannot show a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if RANKS > 1:
@@ -272,7 +273,8 @@ def run_main(main):
         if sys.flags.dev_mode or not (RANKS > 1 or isinstance(e, ValueError | OSError)):
             raise
         where = "" if isinstance(e, ValueError | OSError) else f"rank {RANK}: {type(e).__name__} "
-        leave(f"error: {where}{' '.join(str(e).split())}", 2)
+        control = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160))}
+        leave(f"error: {where}{' '.join(str(e).split()).translate(control)}", 2)
 
 
 def flush_or_leave():

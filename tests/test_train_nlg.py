@@ -248,6 +248,16 @@ def test_help_has_sections_and_presets_and_a_closed_pipe_is_quiet():
     assert piped.stderr == "" and piped.stdout.startswith("usage")
 
 
+def test_output_fits_any_terminal(base):
+    """A character that the terminal cannot show is replaced; control characters of a message are escaped."""
+    argv = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=1", "--out_dir=o"]
+    env = os.environ | dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    done = subprocess.run(argv, capture_output=True, env=env)
+    assert done.returncode == 0 and b"labels between ? ?" in done.stdout
+    done = subprocess.run([*argv, "--data=\x1b[31mred.jsonl", "--out_dir=p"], capture_output=True)
+    assert done.returncode == 2 and b"\x1b" not in done.stderr and b"--data=\\x1b[31mred.jsonl" in done.stderr
+
+
 def test_a_log_has_no_progress_bars(base):
     """Standard error is no terminal here: it stays empty."""
     argv = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=2", "--out_dir=o"]
