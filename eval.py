@@ -656,14 +656,14 @@ def forgetting(subject, text, limit):
     from scipy import stats
 
     found = compare_on_text(subject.net, subject.tok, text, limit)
-    record = dict(text=last_name(text), adapter=adapter_hash(subject.run), windows=len(found["drift"]))
+    record = dict(text=last_name(text), adapter=adapter_hash(subject.run), gaps=found["forgetting"].tolist())
     for name, values in found.items():
         half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
         record[name] = [values.mean(), half]
         print(f"  {name:<12}{values.mean():8.4f} ± {half:.4f} nats per token")
     path = os.path.join(subject.run, "forgetting.jsonl")
     append(path, record)
-    print(f"{text}: {record['windows']} windows -> {path}")
+    print(f"{text}: {len(record['gaps'])} windows -> {path}")
 
 
 def sample(subject, prompt="What is 17 + 25?"):
