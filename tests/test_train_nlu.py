@@ -463,3 +463,22 @@ def test_predict_and_merge_of_a_classifier(base, capsys):
     write("gap.jsonl", [{"text": "a"}, {"text": None}])
     with pytest.raises(ValueError, match="row 2: expected text in text, not"):
         eval.main(["predict", "--run=own", "--data=gap.jsonl"])
+
+
+def test_a_stop_between_evaluations_goes_on_bit_for_bit(base, monkeypatch):
+    train("--out_dir=whole", "--eval_interval=1000")
+    real = train_nlg.Run.log
+
+    def log_and_ask(run, step, *rest):
+        real(run, step, *rest)
+        if step == 3:
+            run.ask_to_stop()
+
+    monkeypatch.setattr(train_nlg.Run, "log", log_and_ask)
+    with pytest.raises(KeyboardInterrupt, match="after step 3"):
+        train("--out_dir=parts", "--eval_interval=1000")
+    eval.main(["predict", "--run=parts", "--data=dev.jsonl"])  # the adapter is there
+    monkeypatch.undo()
+    monkeypatch.chdir(base)
+    train("--out_dir=parts", "--eval_interval=1000", "--resume")
+    same_run("whole", "parts")
