@@ -38,7 +38,7 @@ import model
 from train_nlg import RANKS, add_option, check_numbers, field_notes, parse_options, run_main
 from train_nlg import FREE, append, last_name, read_lines, read_run, write_text
 from train_nlg import TEMPLATES, encode_prompt, encode_rows, extract_answer, fill, read_records, read_rows
-from train_nlg import batches_by_length, compare_on_text, measure
+from train_nlg import batches_by_length, compare_on_text, load_rows, measure
 from train_nlg import COLOURS, new_figure, plot_curves, save_figure
 from train_nlu import label_rows, plot_features
 
@@ -46,8 +46,8 @@ from train_nlu import label_rows, plot_features
 # The model that is judged, and its answers
 
 
-def load_run(run, init="", device="auto", dtype="auto"):
-    """The tuned network of a run folder, or the untuned one that `init` names -> net, tok, settings or {}."""
+def load_run(run, init="", device="auto", dtype="auto", kind="language model"):
+    """The network of a run of this kind ("": any), or the untuned one `init` -> net, tok, settings or {}."""
     if bool(run) == bool(init):
         raise ValueError("give either --run=FOLDER (a tuned model) or --init=NAME (an untuned one)")
     device = model.pick_device(device)
@@ -56,10 +56,11 @@ def load_run(run, init="", device="auto", dtype="auto"):
         return *model.load(init, dtype, device), {}
     record = read_run(run)
     settings = record["settings"]
-    how = {}
-    if "task" in settings:
-        labels = record["labels"]
-        how = dict(task="classify", n_classes=len(labels) or 1, labels=labels)
+    labels = record.get("labels")
+    how = {} if labels is None else dict(task="classify", n_classes=len(labels) or 1, labels=labels)
+    found = "language model" if labels is None else "classifier"
+    if kind not in ("", found):
+        raise ValueError(f"{run} is a {found}; this command is for a {kind}")
     full = os.path.join(run, "model")
     if os.path.isdir(full):
         return *model.load(full, dtype, device, **how), settings
@@ -124,8 +125,6 @@ class Subject:
 
     def __post_init__(self):
         self.net, self.tok, self.settings = load_run(self.run, self.init, self.device, self.dtype)
-        if "task" in self.settings:
-            raise ValueError(f"{self.run} is a classifier, which predict, merge, features and table are for")
         own = self.settings.get("template", "")
         if own and self.template not in ("", own):
             raise ValueError(f"--template={self.template}: {self.run} was tuned with the template {own!r}")
@@ -632,14 +631,15 @@ def sandbox_fault():
 # One model: its loss on rows, an answer, its merged weights
 
 
-def loss(subject, data="rows.jsonl", text="", last=0, limit=0):
-    """Loss, drift, diversity and spectrum on rows of your own; with --text what tuning has forgotten."""
+def loss(subject, data="", text="", last=0, limit=0):
+    """Loss, drift, diversity, spectrum on rows (without --data: held out); with --text what is forgotten."""
     if text:
         return forgetting(subject, text, limit)
     settings = subject.settings
-    rows = read_rows(data)[-last:][: limit or None]
+    rows = read_rows(data) if data or not settings else load_rows(argparse.Namespace(**settings))[1]
+    rows = rows[-last:][: limit or None]
     examples, line = encode_rows(rows, subject.tok, subject.template, settings.get("max_len", 512))
-    print(f"{data}: {line}")
+    print(line)
     teacher = subject.net if balora.adapted_layers(subject.net) else None
     K, k = settings.get("K", 20), settings.get("k", 10)
     record = measure(subject.net, examples, subject.batch_size, K, k, teacher)
@@ -679,7 +679,7 @@ def merge(run="", device="auto", dtype="auto", out=""):
         raise ValueError("merge needs --run=FOLDER and --out=FOLDER")
     if os.path.exists(os.path.join(out, "config.json")):
         raise ValueError(f"--out={out} already holds a model; choose another folder")
-    net, _, _ = load_run(run, "", device, dtype)
+    net, _, _ = load_run(run, "", device, dtype, kind="")
     count = balora.merge(net)
     net.save(out)
     print(f"{count} layers merged in fp32, rounded once to {net.head.dtype} -> {out}")
@@ -689,12 +689,10 @@ def predict(run="", data="", device="auto", dtype="auto", out=""):
     """A classifier's label and probabilities for each row of a file, written as .csv."""
     import pandas  # which `datasets` brings
 
-    net, tok, settings = load_run(run, "", device, dtype)
-    if "task" not in settings:
-        raise ValueError(f"{run} is a language model, which sample and the benchmarks are for")
+    net, tok, settings = load_run(run, "", device, dtype, kind="classifier")
     records, found = label_rows(net, tok, settings, data)
     frame = pandas.concat([pandas.DataFrame(records), pandas.DataFrame(found)], axis=1)
-    path = out or os.path.join(run, "predictions.csv")
+    path = out or os.path.join(run, f"predicted-{os.path.splitext(last_name(data))[0]}.csv")
     write_text(path, frame.to_csv(index=False))
     print(f"{len(frame)} rows, the last columns are {', '.join(found[0])} -> {path}")
 
@@ -821,11 +819,11 @@ def check_alike(frame, scored):
     for (_, label, _), rows in scored.groupby(["init", "label", "column"], sort=False):
         settings = pandas.DataFrame(list(rows.settings)).map(str)
         differ = settings.drop(columns=[*FREE, "seed"], errors="ignore").nunique() > 1
-        names = list(differ[differ].index[:3])
+        reasons = [f"another {name}" for name in differ[differ].index[:3]]
         if settings.seed.duplicated().any():
-            names.append("the same seed")
-        if names:
-            what = f"{' and '.join(rows.folder)} are all {label}, with {', '.join(names)}"
+            reasons.append("one seed twice")
+        if reasons:
+            what = f"{' and '.join(rows.folder)} are all {label}, but have {', '.join(reasons)}"
             raise ValueError(f"table: {what}; give fewer runs, or --by=SETTING where one differs")
 
 
@@ -960,7 +958,8 @@ def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     frame = pandas.DataFrame(lines).pivot_table(index="folder", columns="column", values="value")
     frame = frame.reindex(columns=[x, y, at]).dropna()
     if len(frame) < 6:
-        raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; expected six or more")
+        hint = "expected six or more (forgetting: eval.py loss --text=FILE)"
+        raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; {hint}")
     fig, [[ax]] = new_figure(1, 1, (6.8, 4.2))
     kinds = [re.sub(r"(-[\d.e]+)+$", "", last_name(run)) for run in frame.index]  # without rate and seed
     for i, (kind, rows) in enumerate(frame.groupby(kinds)):

@@ -250,7 +250,7 @@ def check_method(s, paper_lambdas):
             raise ValueError(f"--{f.name} with --init={s.init}: only tiny is pre-trained here; leave it out")
 
 
-STOPPED = "\nstopped{}; the same command goes on where it was (training: add --resume)"
+STOPPED = "\nstopped{}; the same command, for training with --resume, goes on where it was"
 
 
 def run_main(main):
@@ -258,7 +258,7 @@ def run_main(main):
     leave = print_and_leave
     atexit.register(flush_or_leave)
     sys.stdout.reconfigure(errors="replace")  # where a terminal cannot show a character
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    catch_signals(signal.default_int_handler)
     try:
         if RANKS > 1:
             leave = join_ranks()
@@ -268,7 +268,7 @@ def run_main(main):
     except KeyboardInterrupt as e:
         leave(STOPPED.format(e), 130)
     except BrokenPipeError:
-        flush_or_leave()
+        os._exit(141)
     except Exception as e:
         if sys.flags.dev_mode or not (RANKS > 1 or isinstance(e, ValueError | OSError)):
             raise
@@ -283,6 +283,12 @@ def flush_or_leave():
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(141)
+
+
+def catch_signals(handler):
+    """Ctrl-C and SIGTERM call handler(number, frame); the default one raises KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def print_and_leave(words, status):
@@ -443,6 +449,8 @@ class Run:
     def checkpoint(self, net):
         """-> the checkpoint that --resume goes on from, or None."""
         path = self.path("checkpoint.pt")
+        if not os.path.exists(path) and self.s.resume:
+            print(f"--resume: {self.out} has no checkpoint yet, so it starts at step 0")
         if not (self.s.resume and os.path.exists(path)):
             return None
         there = self.record["weights_hash"]
@@ -472,8 +480,7 @@ class Run:
             self.scaler.load_state_dict(start["scaler"])
             self.evaluations = [r for r in model.read_json(self.path("eval.json")) if r["step"] <= step]
         if RANKS == 1:
-            signal.signal(signal.SIGINT, self.ask_to_stop)
-            signal.signal(signal.SIGTERM, self.ask_to_stop)
+            catch_signals(self.ask_to_stop)
         if RANKS > 1:  # rank 0 changes the folder when all have read it
             settings = {name: value for name, value in vars(s).items() if name not in FREE}
             compare_ranks(dict(settings, weights=net.weights_hash, step=step, **more))
@@ -583,6 +590,8 @@ def write_text(path, text):
 
 def read_run(folder):
     """config.json of a run's folder. Raises ValueError where it is something else's, such as a model's."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: there is no such run folder")
     record = model.read_json(os.path.join(folder, "config.json"))
     if not isinstance(record, dict) or not {"settings", "weights_hash"} <= record.keys():
         raise ValueError(f"{folder} is not the folder of a run; a model's folder is given as --init={folder}")
@@ -672,12 +681,15 @@ def accumulate(terms, values, share):
 
 
 def finish(s, run, net):
-    """Save adapter/, or after full tuning model/; draw loss.png; print the first and the last evaluation."""
+    """Mark the run as finished, after full tuning save model/; print the first and the last evaluation."""
     if RANK > 0:
         return
     if s.method == "full":
         net.save(run.path("model"))
     run.write_record(finished=True)
+    run.lock.release()
+    if RANKS == 1:
+        catch_signals(signal.default_int_handler)
     before = run.evaluations[0]
     print(f"\n{'':<20}{'before':>10}{'after':>10}")
     for name, after in run.evaluations[-1].items():
@@ -783,10 +795,9 @@ def read_rows(data, limit=0):
     answer = next((name for name in RESPONSE_FIELDS if name in names), None)
     given = "input" if question == "instruction" else None
     chat = next((name for name in CHAT_FIELDS if name in names and not (question and answer)), None)
-    for kind, name in ((PROMPT_FIELDS, question), (RESPONSE_FIELDS, answer)):
-        if not (name or chat):
-            known = ", ".join(map(str, names))
-            raise ValueError(f"{data}: rename one of its fields, {known}, to one of {', '.join(kind)}")
+    if not (question and answer) and not chat:
+        wanted = f"one of {', '.join(PROMPT_FIELDS)} and one of {', '.join(RESPONSE_FIELDS)}, or messages"
+        raise ValueError(f"{data} has the fields {', '.join(map(str, names))}; rename them: {wanted}")
     unread = [str(name) for name in names if name not in (question, answer, given, chat)]
     if unread:
         print(f"{data}: read {chat or f'{question}, {answer}'}; not read: {', '.join(unread)}")
@@ -825,6 +836,8 @@ def last_turn(messages):
 
 def read_records(data, option="--data"):
     """A .json, .jsonl (also .gz), .csv or .parquet file, or a hub data set name[:split] -> list of dicts."""
+    if not data:
+        raise ValueError(f"{option} is missing: give a {' '.join(KINDS)} file or a hub data set")
     kind = os.path.splitext(data.removesuffix(".gz"))[1].lower()
     if kind not in KINDS and not os.path.exists(data):
         return read_hub(data, option)

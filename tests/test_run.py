@@ -151,7 +151,7 @@ def test_fields_are_recognised(tmp_path, q, a):
         (
             "a.json",
             '[{"text": "x", "answer": "y"}]',
-            "rename one of its fields, text, answer, to one of instruction, query",
+            "a.json has the fields text, answer; rename them: one of instruction, query",
         ),
         ("a.jsonl.gz", "no gzip", "cannot be read"),
         ("a.parquet", "no parquet", "a.parquet: cannot be read"),

@@ -160,7 +160,9 @@ def test_a_signal_ends_a_run_after_the_step_and_leaves_an_adapter(base, capsys):
         words = process.communicate()[1]
         steps.append(torch.load("parts/checkpoint.pt", weights_only=True)["step"])
         assert process.returncode == 130
-        assert f"stopped after step {steps[-1]}; the same command goes on where it was" in words
+        assert (
+            f"stopped after step {steps[-1]}; the same command, for training with --resume, goes on" in words
+        )
         assert "Traceback" not in words
         capsys.readouterr()
         eval.main(["sample", "--run=parts", "--prompt=hi", "--max_new=3"])
@@ -590,3 +592,26 @@ def test_a_gradient_of_zero_is_a_divergence(base, monkeypatch):
 def test_numbers_of_the_settings_take_fractions():
     s = train_nlg.parse(train_nlg.Settings, ["--alpha=2.5", "--epochs=0.5"], train_nlg.PRESETS, by=["init"])
     assert (s.alpha, s.epochs) == (2.5, 0.5)
+
+
+def test_a_pipe_that_closes_early_is_a_failure(base):
+    """`| head` ends the command without a word, and not as if it had done its work."""
+    command = f"{sys.executable} {ROOT / 'train_nlg.py'} {' '.join(COMMON)} --max_iters=50 --log_interval=1"
+    words = f"set -o pipefail; {command} --out_dir=o | head -3"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert done.returncode == 141 and done.stderr == ""
+    assert not os.path.exists("o/adapter")
+
+
+def test_resume_without_a_checkpoint_says_so(base, capsys):
+    train("--max_iters=1", "--out_dir=o", "--resume")
+    assert "--resume: o has no checkpoint yet, so it starts at step 0" in capsys.readouterr().out
+
+
+def test_loss_without_data_is_of_the_held_out_rows(base, capsys):
+    train("--max_iters=1", "--out_dir=o")
+    capsys.readouterr()
+    eval.main(["loss", "--run=o"])
+    out = capsys.readouterr().out
+    last = json.load(open("o/eval.json"))[-1]
+    assert "12 rows read, 12 kept" in out and f"{last['loss']:.4f}" in out

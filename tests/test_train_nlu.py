@@ -420,7 +420,7 @@ def test_own_data_for_classification(base, capsys):
             ["--data=own.csv", "--eval_data=odd.jsonl"],
             "odd.jsonl, row 1: unknown label 'other'; known: 0, 1, praise, blame",
         ),
-        ([], "expected --data=FILE with the columns text"),
+        ([], "expected a file with the columns label and text .or text_a and text_b.; found none"),
         (["--data=odd.jsonl"], "1 different labels"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -438,8 +438,11 @@ def test_predict_and_merge_of_a_classifier(base, capsys):
     (base / "new.csv").write_text("id,text\n7,w3 w9 w1\n8,w40 w2\n")
     capsys.readouterr()
     eval.main(["predict", "--run=own", "--data=new.csv"])
-    assert "2 rows, the last columns are predicted, p_blame, p_praise -> own" in capsys.readouterr().out
-    with open("own/predictions.csv", newline="") as f:
+    assert (
+        "2 rows, the last columns are predicted, p_blame, p_praise -> own/predicted-new.csv"
+        in capsys.readouterr().out
+    )
+    with open("own/predicted-new.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["id"] for row in rows] == ["7", "8"]
     eval.main(["merge", "--run=own", "--out=merged"])
@@ -458,7 +461,9 @@ def test_predict_and_merge_of_a_classifier(base, capsys):
         with pytest.raises(ValueError, match=words):
             eval.main(["predict", *argv])
     (base / "empty.csv").write_text("words,label\na,b\n")
-    with pytest.raises(ValueError, match="expected --data=FILE with the columns text"):
+    with pytest.raises(
+        ValueError, match="expected a file with the columns text .or text_a and text_b.; found words, label"
+    ):
         eval.main(["predict", "--run=own", "--data=empty.csv"])
     write("gap.jsonl", [{"text": "a"}, {"text": None}])
     with pytest.raises(ValueError, match="row 2: expected text in text, not"):
