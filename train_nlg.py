@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import dataclass, field
@@ -571,11 +572,13 @@ class Run:
 
 
 def commit():
-    """The commit of this code, "-dirty" where it was changed since; "" outside of a clone."""
-    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    """The commit of this code, -dirty and a checksum where it was changed since; "" outside of a clone."""
     if not shutil.which("git"):
         return ""
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    name = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    change = subprocess.run(["git", "-C", HERE, "diff", "HEAD"], capture_output=True).stdout
+    return f"{name}-{zlib.crc32(change):08x}" if change else name
 
 
 def trained_state(net):
