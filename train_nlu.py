@@ -347,7 +347,7 @@ def to_rows(task, split, source, records):
     if dropped:
         line += f"; {len(dropped):,} dropped without {', '.join(fields)}, label: {'; '.join(dropped[:3])}"
     if not rows:
-        raise ValueError(f"no row that can be used for {task} (of your own classes: --task=own): {line}")
+        raise ValueError(f"no row that can be used for {task}: {line} (classes of your own: --task=own)")
     print(line)
     return rows
 
