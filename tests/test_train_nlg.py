@@ -52,6 +52,7 @@ def train(*argv):
     train_nlg.main([*COMMON, *argv])
 
 
+@pytest.mark.figures
 def test_default_run_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--pretrain_iters=4", "--max_iters=2", "--eval_generate=4", "--max_new=8", "--eval_rows=6"]
@@ -119,7 +120,7 @@ def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
 
 def test_sigkill_at_any_moment(base):
     """Killed before the first checkpoint, then somewhere later, then run to the end: bit-identical to a run left alone."""
-    argv = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=30", "--eval_interval=3"]
+    argv = [sys.executable, str(ROOT / "train_nlg.py"), *COMMON, "--max_iters=30", "--eval_interval=6"]
     subprocess.run([*argv, "--out_dir=whole"], check=True, capture_output=True)
     for lines in (1, 8):
         command = [*argv, "--out_dir=parts", "--resume"]
@@ -224,6 +225,7 @@ def test_a_tenth_is_held_out_where_eval_rows_are_too_many(base, capsys):
         train("--max_iters=1", "--out_dir=o", "--eval_rows=60")
 
 
+@pytest.mark.figures
 def test_the_figure_shows_the_terms_and_a_spike_does_not_flatten_it(base, monkeypatch):
     train("--max_iters=20", "--out_dir=o")
     lines = train_nlg.read_lines("o/log.jsonl")

@@ -150,7 +150,7 @@ def test_stopped_and_resumed_equals_uninterrupted(base, method, monkeypatch):
 
 
 def test_sigkill(base):
-    argv = [sys.executable, str(ROOT / "train_nlu.py"), *COMMON, "--eval_interval=2", "--max_iters=30"]
+    argv = [sys.executable, str(ROOT / "train_nlu.py"), *COMMON, "--eval_interval=6", "--max_iters=30"]
     subprocess.run([*argv, "--out_dir=whole"], check=True, capture_output=True)
     process = subprocess.Popen(
         [*argv, "--out_dir=parts", "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -210,6 +210,7 @@ def test_every_run_logs_the_same_columns(base):
     assert log("p")[1]["cr"] is None and log("p")[1]["dr"] >= 0 and log("p")[1]["svdr"] < 0
 
 
+@pytest.mark.figures
 def test_default_run_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_nlu.main(["--pretrain_iters=3", "--max_iters=3"])
