@@ -266,6 +266,8 @@ def run_main(main):
         main(sys.argv[1:])
         if RANKS > 1:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # Python's own end can abort while another thread looks into the store
     except KeyboardInterrupt as e:
         leave(STOPPED.format(e), 130)
     except BrokenPipeError:
