@@ -793,7 +793,8 @@ def read_result(folder, by):
         print(f"{folder}: forgetting left out (of another adapter)")
     elif texts:
         gaps = [text["forgetting"][0] for text in texts.values()]
-        scores["forgetting"] = statistics.mean(gaps), hash_of(sorted(texts))
+        asked = sorted([name, len(text["gaps"])] for name, text in texts.items())
+        scores["forgetting"] = statistics.mean(gaps), hash_of(asked)
     scores["peak GiB"] = max(step["peak_GiB"] for step in log), ""
     scores["minutes"] = sum(step["seconds"] for step in log) / 60, ""
     known = settings["options"] | settings
@@ -972,7 +973,7 @@ def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     partial = (xy - xa * ya) / math.sqrt((1 - xa**2) * (1 - ya**2))
     for words, rho, freedom in (("", xy, len(frame) - 3), (f" at equal {at}", partial, len(frame) - 4)):
         half = 1.96 * 1.03 / math.sqrt(freedom)  # of atanh ρ (Fieller et al. 1957)
-        low, high = [math.tanh(math.atanh(rho) + side) for side in (-half, half)]
+        low, high = [math.tanh(math.atanh(0.999999 * rho) + side) for side in (-half, half)]
         print(f"rank correlation of {x} and {y}{words}: {rho:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     print(f"{len(frame)} runs -> {out}")
 

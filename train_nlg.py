@@ -331,7 +331,7 @@ def join_ranks():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=RANKS, timeout=patience)
     if RANK > 0:  # rank 0 alone prints
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     return leave
 
 
@@ -443,7 +443,8 @@ class Run:
         if not (s.resume or s.overwrite):
             words = "--resume goes on with it, --overwrite repeats it"
             if self.record["commit"] != commit():
-                words = f"by {self.record['commit']}; this code, {commit()}, repeats it with --overwrite"
+                words = f"by other code ({self.record['commit']}, this is {commit()}): --overwrite repeats it"
+                words += ", --resume goes on with this code"
             raise ValueError(f"{self.out} holds this run: {words}")
 
     def path(self, name):
@@ -492,9 +493,12 @@ class Run:
         os.makedirs(self.out, exist_ok=True)
         self.lock = filelock.FileLock(self.path(".lock"), is_singleton=True)
         try:
-            self.lock.acquire(timeout=0)  # until this process ends
+            self.lock.acquire(timeout=0)  # until the run ends
         except filelock.Timeout:
             raise ValueError(f"{self.out} is in use by another process; wait for it, or stop it") from None
+        now = read_run(self.out) if os.path.exists(self.path("config.json")) else None
+        if now != self.record:
+            raise ValueError(f"{self.out} was changed by another process since this one started; start again")
         # Drop records after `step` and an incomplete last line.
         kept = read_lines(self.path("log.jsonl")) if start else []
         kept = [record for record in kept if record["step"] <= step]
@@ -529,22 +533,23 @@ class Run:
         print(f"eval at step {record['step']} | " + " | ".join(shown), flush=True)
 
     def ask_to_stop(self, *_):
-        """Ctrl-C and SIGTERM end a run after the step; a second one ends it at once."""
+        """Ctrl-C and SIGTERM end a run of one process after the step; a second one ends it at once."""
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
+        print("\nstopping after this step and what belongs to it; once more: at once", file=sys.stderr)
 
     def save(self, step, net, **more):
-        """Write adapter/, loss.png and checkpoint.pt, all that a run needs to go on from `step`."""
+        """Write adapter/, checkpoint.pt, all that a run needs to go on from `step`, and loss.png."""
         if RANK > 0:
             return
         s = self.s
         if s.method != "full":
             balora.save_adapter(net, self.path("adapter"), base=model.HUB.get(s.init, s.init))
-        plot_curves([self.out], self.path("loss.png"))
         state = dict(step=step, net=trained_state(net), optimizer=self.optimizer.state_dict(), **more)
         state["scaler"] = self.scaler.state_dict()
         balora.write_atomic(self.path("checkpoint.pt"), functools.partial(torch.save, state))
+        plot_curves([self.out], self.path("loss.png"))
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step}")
 
@@ -692,6 +697,7 @@ def finish(s, run, net):
     if s.method == "full":
         net.save(run.path("model"))
     run.write_record(finished=True)
+    plot_curves([run.out], run.path("loss.png"))
     run.lock.release()
     if RANKS == 1:
         catch_signals(signal.default_int_handler)
@@ -742,7 +748,7 @@ def save_figure(fig, path):
     balora.write_atomic(path, functools.partial(fig.savefig, format="png", dpi=130))
 
 
-CURVES = dict(task="task loss (nats)", grad_norm="gradient norm", cr="L_CR", dr="L_DR", svdr="L_SVDR")
+CURVES = dict(task="task loss", grad_norm="gradient norm", cr="L_CR", dr="L_DR", svdr="L_SVDR")
 
 
 def plot_curves(runs, path):
@@ -754,15 +760,19 @@ def plot_curves(runs, path):
         log = read_lines(os.path.join(run, "log.jsonl"))
         if not log:
             raise ValueError(f"{run}: no log.jsonl, or an empty one; nothing to draw")
-        steps = [record["step"] for record in log]
-        window = math.ceil(len(log) / 20)
+        steps = np.array([record["step"] for record in log])
         axes.flat[5].plot([], [], color=colour, label=last_name(run))
         for ax, name in zip(axes.flat, CURVES):
-            values = np.array([record[name] for record in log], dtype=float)  # null becomes a gap
+            values = np.array([record[name] for record in log], dtype=float)
+            there = np.isfinite(values)  # not null: a term may act at some steps only
+            if not there.any():
+                continue
+            values = values[there]
+            window = math.ceil(len(values) / 20)
             average = np.convolve(values, np.ones(window) / window, mode="valid")
-            ax.plot(steps, values, color=colour, alpha=0.2, lw=0.8)
-            ax.plot(steps[window - 1 :], average, color=colour, lw=1.6)
-            seen[name] += values[np.isfinite(values)].tolist()
+            ax.plot(steps[there], values, color=colour, alpha=0.2, lw=0.8)
+            ax.plot(steps[there][window - 1 :], average, color=colour, lw=1.6)
+            seen[name] += values.tolist()
     for ax, name in zip(axes.flat, CURVES):
         ax.set(xlabel="optimizer step", ylabel=CURVES[name])
         if seen[name]:
@@ -1062,8 +1072,9 @@ def compare_on_text(net, tok, path, limit=0):
     found = []
     with balora.evaluating(net):
         for window in tqdm(windows, desc="text", unit="window", leave=False, disable=None):
-            ids, valid, y = collate([(tok.bos or window[:1], window[len(tok.bos) == 0 :])], E.device)
-            H_F = net.hidden(ids)[valid].float()  # [256, d]
+            example = (tok.bos, window) if tok.bos else (window[:1], window[1:])
+            ids, valid, y = collate([example], E.device)
+            H_F = net.hidden(ids)[valid].float()  # [256 or 255, d]
             with balora.teacher(net):
                 H_P = net.hidden(ids)[valid].float()
             after, drift, _, _ = balora.token_losses(H_F, y, E, H_P, E, (0, 0, 0), T=1.0, K=1)
@@ -1155,9 +1166,11 @@ def load_rows(s):
     if len(rows) <= held_out:
         held_out = math.ceil(len(rows) / 10)
         words = f"--eval_rows={s.eval_rows} would hold out all of {len(rows)} rows"
-        print(f"{s.data}: {words}; a tenth, {held_out}, is held out instead")
+        print(f"{s.data or s.init}: {words}; a tenth, {held_out}, is held out instead")
     if len(rows) < 2:
-        raise ValueError(f"{s.data}: one row; expected one to train on and one to hold out, at least")
+        raise ValueError(
+            f"{s.data or s.init}: one row; expected one to train on and one to hold out, at least"
+        )
     return rows[:-held_out], rows[-held_out:]
 
 

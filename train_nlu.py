@@ -338,7 +338,8 @@ def to_rows(task, split, source, records):
     for number, record in enumerate(records, 1):
         texts = [record.get(name) for name in fields]
         label = record.get("label")
-        if label in (None, -1, "-1", "-") or not all(isinstance(text, str) for text in texts):
+        missing = label is None or (label in (-1, "-1", "-") and task != "own")
+        if missing or not all(isinstance(text, str) for text in texts):
             dropped.append(f"row {number} ({' '.join(str(record).split())[:50]} ...)")
             continue
         label = to_label(label, TASKS[task].labels, f"{source}, row {number}")
@@ -865,7 +866,7 @@ def plot_features(runs, path):
         drawn = np.concatenate([np.flatnonzero(y == c)[:300] for c in range(len(labels))])
         perplexity = min(30, len(drawn) // 4)
         points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(X[drawn])
-        for c, (word, colour) in enumerate(zip(labels, COLOURS)):
+        for c, (word, colour) in enumerate(zip(labels, COLOURS * len(labels))):
             ax.scatter(*points[y[drawn] == c].T, s=4, color=colour, label=word, lw=0)
         ax.set_title(f"({letter}) {last_name(run)}\nsilhouette {silhouette:.2f}", fontsize=8)
     handles = axes.flat[0].get_legend_handles_labels()

@@ -383,7 +383,7 @@ def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
         last = json.loads((tmp_path / name / "eval.json").read_text())
         last[-1] |= dict(loss=at, drift=drift)
         (tmp_path / name / "eval.json").write_text(json.dumps(last))
-        line = dict(text="t", adapter=eval.adapter_hash(name), forgetting=[forgot, 0.1])
+        line = dict(text="t", adapter=eval.adapter_hash(name), forgetting=[forgot, 0.1], gaps=[0, 1])
         (tmp_path / name / "forgetting.jsonl").write_text(json.dumps(line) + "\n")
         names.append(name)
         values.append([drift, forgot, at])

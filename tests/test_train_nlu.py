@@ -488,3 +488,11 @@ def test_a_stop_between_evaluations_goes_on_bit_for_bit(base, monkeypatch):
     monkeypatch.chdir(base)
     train("--out_dir=parts", "--eval_interval=1000", "--resume")
     same_run("whole", "parts")
+
+
+def test_own_classes_may_be_numbers_below_zero(base, capsys):
+    write("signs.jsonl", [{"text": f"w{i} w{i % 5}", "label": (-1) ** i} for i in range(30)])
+    argv = [a for a in COMMON if not a.startswith(("--task", "--data", "--eval_data"))]
+    train_nlu.main([*argv, "--task=own", "--data=signs.jsonl", "--max_iters=1", "--out_dir=o"])
+    out = capsys.readouterr().out
+    assert "2 classes, 1, -1" in out and "train: 30 rows" in out and "dropped" not in out
