@@ -728,7 +728,7 @@ def test_a_wrong_key_is_said_at_once(server, answers, monkeypatch):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--judge_url=http://x", "--judge_prompts="], "--judge_prompts=, which is no file here"),
+        (["--judge_url=http://x", "--judge_prompts="], "--judge_prompts is missing: give a"),
         (["--judge_url=http://x", "--references="], "question 1.. needs --references=gpt-4.jsonl"),
         (["--answers="], "mtbench"),
     ],
