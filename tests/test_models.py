@@ -695,9 +695,9 @@ RIGHT = {
 }
 WRONG = {
     "bool.jsonl": "row 1: .*answer holds 'True'|answer holds 'True'", "trlconv.jsonl": "prompt holds",
-    "dpo.jsonl": "is not there; give one of its fields: prompt, chosen, rejected", "nq.jsonl": "answer holds",
-    "squad.jsonl": "answer holds", "caps.csv": "give one of its fields: Instruction, Output",
-    "text.jsonl": "give one of its fields: text", "semi.csv": "give one of its fields: question;answer",
+    "dpo.jsonl": "has the fields prompt, chosen, rejected; rename them: one of", "nq.jsonl": "answer holds",
+    "squad.jsonl": "answer holds", "caps.csv": "has the fields Instruction, Output; rename them",
+    "text.jsonl": "has the fields text; rename them", "semi.csv": "has the fields question;answer; rename them",
     "extra.csv": "row 2 has another number of cells", "header.csv": "no rows", "empty.json": "no rows",
     "latin1.jsonl": "line 1: ", "utf16.jsonl": "cannot be read|line 1", "wrapped.json": "a list of objects",
     "objobj.json": "a list of objects", "lines.json": "Extra data", "arr.jsonl": "a list of objects",
