@@ -20,8 +20,8 @@ form on the right is what is computed and saved: in 16 bits B A - B0 A0 would lo
     with balora.teacher(net): H_P = hidden(net, ids)        # the pre-trained network
     total, terms = balora.loss_nlg(hidden(net, ids), y, E, H_P)
 
-Read the six regularizers, loss_nlg, Anchored, init_pissa, attach, teacher, then `main` of train_nlg.py. At
-first skip the other layers and starts, what is measured before, AdaLoRA's budget, how adapters are saved.
+Read first: the six regularizers, loss_nlg, Anchored, init_pissa, attach, teacher; `main` of train_nlg.py.
+
     W [out, in]; A [r, in], B [out, r]     frozen weight; trained factors; s = alpha / r
     Z_F, Z_P [N, D] or [M, V]              logits of the tuned and of the pre-trained network
     N, D; M, V                             examples, classes; response tokens to predict, vocabulary

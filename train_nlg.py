@@ -939,9 +939,8 @@ def encode_rows(rows, tok, template, max_len):
     """-> list of (prompt ids, response ids with EOS), tokenised apart; a line on what was dropped."""
     examples = []
     dropped = Counter()
-    for instruction, given, response in tqdm(
-        rows, desc="tokenise", unit="row", disable=len(rows) < 5000 or None
-    ):
+    bar = tqdm(rows, desc="tokenise", unit="row", disable=len(rows) < 5000 or None)
+    for instruction, given, response in bar:
         if not instruction or not response.strip():
             dropped["no prompt" if not instruction else "no response"] += 1
             continue
@@ -1008,7 +1007,7 @@ def extract_answer(text):
 # -----------------------------------------------------------------------------
 # What an evaluation measures
 
-POSITIONS = 256  # of the spectrum
+POSITIONS = 256  # rows of Z that the spectrum is taken of
 
 
 @torch.no_grad()
@@ -1168,9 +1167,8 @@ def load_rows(s):
         words = f"--eval_rows={s.eval_rows} would hold out all of {len(rows)} rows"
         print(f"{s.data or s.init}: {words}; a tenth, {held_out}, is held out instead")
     if len(rows) < 2:
-        raise ValueError(
-            f"{s.data or s.init}: one row; expected one to train on and one to hold out, at least"
-        )
+        words = "one row; expected one to train on and one to hold out, at least"
+        raise ValueError(f"{s.data or s.init}: {words}")
     return rows[:-held_out], rows[-held_out:]
 
 

@@ -26,18 +26,9 @@ from tqdm import tqdm
 
 import balora
 import model
-from train_nlg import COLOURS, RANK, Run, accumulate, attach, batch_order, batches_by_length, check_method
-from train_nlg import (
-    check_numbers,
-    check_ranks,
-    finish,
-    last_name,
-    new_figure,
-    own_parts,
-    parse,
-    print_estimate,
-)
-from train_nlg import read_records, run_main, save_figure, update
+from train_nlg import RANK, Run, check_method, check_numbers, check_ranks, last_name, parse, run_main
+from train_nlg import accumulate, attach, finish, own_parts, print_estimate, update
+from train_nlg import COLOURS, batch_order, batches_by_length, new_figure, read_records, save_figure
 
 # -----------------------------------------------------------------------------
 # Settings
