@@ -953,6 +953,7 @@ HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revisi
 def write_atomic(path, write):
     """Call write(file) on a temporary name, then rename: a kill leaves the old file or the new one."""
     temporary = f"{path}.tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -1015,7 +1016,6 @@ def save_adapter(model, folder, base=None):
         config |= dict(target_modules=sorted(ranks if partly else last), use_dora=kind is DoRA)
     state = {f"base_model.model.{name}": t.cpu().contiguous() for name, t in state.items()}
     weights = save(state, {"format": "pt"})  # one entry: several come in random order
-    os.makedirs(folder, exist_ok=True)
     text = json.dumps(config, indent=1).encode()
     write_atomic(os.path.join(folder, "adapter_model.safetensors"), methodcaller("write", weights))
     write_atomic(os.path.join(folder, "adapter_config.json"), methodcaller("write", text))

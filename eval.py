@@ -31,6 +31,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 
+import pandas  # which `datasets` brings
 from tqdm import tqdm
 
 import balora
@@ -95,7 +96,6 @@ class Records:
 
     def __init__(self, path, head):
         self.path = path
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         found = read_lines(path) or [head]
         if found[0] != head:
             raise ValueError(f"{path} was made with {found[0]}, this is {head}; move it away or give --out")
@@ -662,7 +662,8 @@ def forgetting(subject, text, limit):
         record[name] = [values.mean(), half]
         print(f"  {name:<12}{values.mean():8.4f} ± {half:.4f} nats per token")
     path = os.path.join(subject.run, "forgetting.jsonl")
-    append(path, record)
+    others = [line for line in read_lines(path) if line["text"] != record["text"]]
+    write_lines(path, [*others, record])
     print(f"{text}: {len(record['gaps'])} windows -> {path}")
 
 
@@ -687,8 +688,6 @@ def merge(run="", device="auto", dtype="auto", out=""):
 
 def predict(run="", data="", device="auto", dtype="auto", out=""):
     """A classifier's label and probabilities for each row of a file, written as .csv."""
-    import pandas  # which `datasets` brings
-
     net, tok, settings = load_run(run, "", device, dtype, kind="classifier")
     records, found = label_rows(net, tok, settings, data)
     frame = pandas.concat([pandas.DataFrame(records), pandas.DataFrame(found)], axis=1)
@@ -809,14 +808,26 @@ def read_result(folder, by):
     return [dict(run, column=column, value=value, asked=asked) for column, (value, asked) in scores.items()]
 
 
-def check_alike(frame, scored):
-    """Runs in one column were asked alike; in one cell, they differ in the seed and in nothing else."""
-    import pandas
-
+def finished_results(runs, by=""):
+    """Finished runs, asked alike -> a pandas frame with a line for each score of each. Others are named."""
+    lines = []
+    for run in runs:
+        if os.path.exists(os.path.join(run, "log.jsonl")) and read_run(run).get("finished"):
+            lines += read_result(run, by)
+        else:
+            print(f"{run}: not a finished run; left out")
+    if not lines:
+        raise ValueError("no finished run; give run folders, such as out/*")
+    frame = pandas.DataFrame(lines).dropna(subset="value")
     for column, rows in frame.groupby("column"):
         if rows.asked.nunique() > 1:
             a, b = rows.drop_duplicates("asked").folder[:2]
-            raise ValueError(f"table: {a} and {b} have other {column} prompts, another template or judge")
+            raise ValueError(f"{a} and {b} have other {column} prompts or texts, another template or judge")
+    return frame
+
+
+def check_cells(scored):
+    """Runs in one cell of the table differ in the seed and in nothing else."""
     for (_, label, _), rows in scored.groupby(["init", "label", "column"], sort=False):
         settings = pandas.DataFrame(list(rows.settings)).map(str)
         differ = settings.drop(columns=[*FREE, "seed"], errors="ignore").nunique() > 1
@@ -830,19 +841,9 @@ def check_alike(frame, scored):
 
 def long_table(runs, by):
     """Run folders -> a pandas frame with a line for each score of each run, and for their averages."""
-    import pandas  # which `datasets` brings
-
-    lines = []
-    for run in runs:
-        if os.path.exists(os.path.join(run, "log.jsonl")) and read_run(run).get("finished"):
-            lines += read_result(run, by)
-        else:
-            print(f"{run}: not a finished run; left out")
-    if not lines:
-        raise ValueError("table: no finished run; give run folders: python eval.py table out/*")
-    frame = pandas.DataFrame(lines).dropna(subset="value")
+    frame = finished_results(runs, by)
     scored = frame[~frame.column.isin(COSTS)]
-    check_alike(frame, scored)
+    check_cells(scored)
     if scored.groupby("column").init.nunique().max() == 1:  # so that a row is a method of several models
         frame["init"] = ""
     means = []
@@ -909,8 +910,8 @@ def print_gains(gains, by, against):
     print(f"\nminus {against} with the same seed: mean ± deviation (seeds), how many are above")
     for label, rows in gains.groupby("label", sort=False):
         for column, values in rows.groupby("column", sort=False).gain:
-            above = f"{(values > 0).sum()} of {len(values)} above"
-            print(f"  {label}, {column}: {spread(list(values), 3)}, {above}")
+            above = (values > 0).sum()
+            print(f"  {label}, {column}: {spread(list(values), 3)}, {above} of {len(values)} above")
     for (name, column), rows in gains.groupby(["variant", "column"], sort=False):
         if rows.by.dtype.kind in "if" and len(rows) > 2 and rows.by.nunique() > 1 and rows.gain.nunique() > 1:
             fit = stats.linregress(rows.by, rows.gain)
@@ -939,7 +940,6 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
     """Methods x benchmarks of finished runs: mean ± deviation (seeds), drift, memory, time."""
     frame = long_table(runs, by)
     text = "\n".join("| " + " | ".join(line) + " |" for line in table_lines(frame, poster)) + "\n"
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     write_text(out, text)
     print(f"{text}\n-> {out}")
     value = "value"
@@ -953,11 +953,10 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
 
 def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     """A dot per run, y over x, and their rank correlation: over all runs, and what is left at equal `at`."""
-    import pandas
-
-    lines = [line for run in runs for line in read_result(run, "")]
-    frame = pandas.DataFrame(lines).pivot_table(index="folder", columns="column", values="value")
-    frame = frame.reindex(columns=[x, y, at]).dropna()
+    found = finished_results(runs).pivot_table(index="folder", columns="column", values="value")
+    frame = found.reindex(columns=[x, y, at]).dropna()
+    for run in found.index.difference(frame.index):
+        print(f"{run}: without {x}, {y} or {at}; left out")
     if len(frame) < 6:
         hint = "expected six or more (forgetting: eval.py loss --text=FILE)"
         raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; {hint}")
@@ -969,11 +968,12 @@ def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     ax.set(xlabel=f"{x} (nats per token)", ylabel=f"{y} (nats per token)")
     fig.legend(loc="outside right upper")
     save_figure(fig, out)
-    xy, xa, ya = frame.corr("spearman").to_numpy()[[0, 0, 1], [1, 2, 2]]
+    ranks = 0.999999 * frame.corr("spearman").to_numpy()  # below 1, where atanh and the quotient end
+    xy, xa, ya = ranks[[0, 0, 1], [1, 2, 2]]
     partial = (xy - xa * ya) / math.sqrt((1 - xa**2) * (1 - ya**2))
     for words, rho, freedom in (("", xy, len(frame) - 3), (f" at equal {at}", partial, len(frame) - 4)):
         half = 1.96 * 1.03 / math.sqrt(freedom)  # of atanh ρ (Fieller et al. 1957)
-        low, high = [math.tanh(math.atanh(0.999999 * rho) + side) for side in (-half, half)]
+        low, high = [math.tanh(math.atanh(rho) + side) for side in (-half, half)]
         print(f"rank correlation of {x} and {y}{words}: {rho:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     print(f"{len(frame)} runs -> {out}")
 

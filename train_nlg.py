@@ -697,7 +697,6 @@ def finish(s, run, net):
     if s.method == "full":
         net.save(run.path("model"))
     run.write_record(finished=True)
-    plot_curves([run.out], run.path("loss.png"))
     run.lock.release()
     if RANKS == 1:
         catch_signals(signal.default_int_handler)
@@ -744,7 +743,6 @@ def new_figure(lines, columns, size, **how):
 
 
 def save_figure(fig, path):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     balora.write_atomic(path, functools.partial(fig.savefig, format="png", dpi=130))
 
 

@@ -366,6 +366,17 @@ def test_forgetting_by_hand(run, capsys, tmp_path):
             command("loss", *argv)
 
 
+def test_a_text_asked_again_replaces_its_line(run, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "other.txt"
+    text.write_text("The cat sat on the mat, and so did I. " * 60)
+    path = run / "out/forgetting.jsonl"
+    path.write_text('{"text": "first.txt", "adapter": ""}\n{"text": "other.txt"}\n{"text": "cut o')
+    monkeypatch.chdir(run)
+    command("loss", "--run=out", f"--text={text}", "--limit=3")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["first.txt", "other.txt"] and len(lines[1]["gaps"]) == 3
+
+
 def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
     """Drift and forgetting that both follow the loss: correlated over all runs, hardly at equal loss."""
     import numpy as np
@@ -403,6 +414,18 @@ def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
         match="5 runs have drift, forgetting and loss; expected six or more .forgetting: eval.py loss",
     ):
         command("scatter", *names[:5])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / names[6] / "forgetting.jsonl").unlink()
+    capsys.readouterr()
+    command("scatter", *names[:12], "begun", "--out=few/s.png")
+    out = capsys.readouterr().out
+    assert f"{names[6]}: without drift, forgetting or loss; left out" in out and "11 runs -> few/s.png" in out
+    assert "at equal loss: 0.01, 95 % interval -0.64 to 0.65" in out  # here the loss orders the forgetting
+    assert "begun: not a finished run; left out" in out
+    other = json.dumps(line | dict(gaps=[0, 1, 2], adapter=eval.adapter_hash(names[7])))
+    (tmp_path / names[7] / "forgetting.jsonl").write_text(other + "\n")
+    with pytest.raises(ValueError, match=f"and {names[7]} have other forgetting prompts or texts"):
+        command("scatter", *names[:12])
     command("table", names[0])
     assert "forgetting" in capsys.readouterr().out
     (tmp_path / names[0] / "forgetting.jsonl").write_text(json.dumps(line | dict(adapter="other")) + "\n")
