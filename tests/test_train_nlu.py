@@ -412,8 +412,10 @@ def test_own_data_for_classification(base, capsys):
     )
     record = json.load(open("own/config.json"))
     assert record["labels"] == ["praise", "blame"] and record["metric"] == "accuracy"
-    write("pair.jsonl", [{"text_a": "a", "text_b": "b", "label": i % 3} for i in range(30)])
+    assert "not read" not in out
+    write("pair.jsonl", [{"text_a": "a", "text_b": "b", "label": i % 3, "id": i} for i in range(30)])
     train_nlu.main([*argv, "--task=own", "--data=pair.jsonl", "--max_iters=2", "--out_dir=pair"])
+    assert "read text_a, text_b, label\npair.jsonl: not read: id" in capsys.readouterr().out
     assert json.load(open("pair/config.json"))["labels"] == ["0", "1", "2"]
     write("odd.jsonl", [{"text": "a", "label": "other"}])
     for argv2, words in (
