@@ -93,23 +93,23 @@ FAMILIES = {                          # config.json's model_type: switches, and 
     "t5": dict(family="t5", position="t5", two_stacks=True, mlp="relu", tied=True, norm_eps=1e-6, dropout=0.1,
                buckets=32, max_distance=128, max_len=512, bos=0),
 }
+DEBERTA_V3 = {"model_type": "deberta-v2", "relative_attention": True, "norm_rel_ebd": "layer_norm",
+              "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 PUBLISHED = {                         # config.json of known models, so that --dry_run needs no download
     "tiny": {"model_type": "llama", "vocab_size": 259, "hidden_size": 128, "intermediate_size": 384,
              "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 512,
              "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 257,
              "architectures": ["LlamaForCausalLM"], "tokenizer": "bytes"},
-    "tiny-encoder": {"model_type": "deberta-v2", "vocab_size": 105, "hidden_size": 128,
-                     "intermediate_size": 512, "num_attention_heads": 4, "max_position_embeddings": 64,
-                     "position_buckets": 16, "layer_norm_eps": 1e-7, "hidden_dropout_prob": 0.0,
-                     "attention_probs_dropout_prob": 0.0, "relative_attention": True, "type_vocab_size": 0,
-                     "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
-                     "num_hidden_layers": 2, "position_biased_input": False, "pad_token_id": 0},
+    "tiny-encoder": DEBERTA_V3 | {
+        "vocab_size": 105, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "position_buckets": 16,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "llama2-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
                   "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
                   "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
-    "deberta-v3-base": {"model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768,
-                        "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                        "max_position_embeddings": 512, "position_buckets": 256},
+    "deberta-v3-base": DEBERTA_V3 | {
+        "vocab_size": 128100, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 512, "position_buckets": 256},
     "t5-base": {"model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64,
                 "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
 }
@@ -768,6 +768,8 @@ ALLOWED = {                           # settings of config.json that the network
                        pos_att_type=["p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]]),
     "t5": dict(feed_forward_proj=["relu"], tie_word_embeddings=[True]),
 }
+WITHOUT = dict(relative_attention=False, share_att_key=False, norm_rel_ebd="none", position_biased_input=True,
+               pos_att_type=None)     # what a config.json without the key means; of others, the first allowed
 # fmt: on
 
 
@@ -822,8 +824,8 @@ def config_from(record):
     allowed |= dict(quantization_config=[None], partial_rotary_factor=[1, None])
     allowed["max_relative_positions"] = [-1, c["max_len"]]
     for key, values in allowed.items():
-        if key in record and record[key] not in values:
-            raise ValueError(f"{key}={record[key]!r} is not {kind} as published, which is all we know")
+        if record.get(key, WITHOUT.get(key, values[0])) not in values:
+            raise ValueError(f"{key}={record.get(key)!r} is not {kind} as published, which is all we know")
     c["norm_eps"] = float(c["norm_eps"])
     c.setdefault("n_kv_heads", c["n_heads"])
     c.setdefault("head_dim", c["d"] // c["n_heads"])

@@ -190,7 +190,9 @@ def in_transformers(net, kind):
 
     with tempfile.TemporaryDirectory() as folder:
         net.save(folder)
-        theirs = getattr(transformers, kind).from_pretrained(folder)
+        theirs, found = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    if any(found.values()):
+        raise ValueError(f"transformers reads another network: {found}")
     return theirs.to(net.embed.weight).eval()
 
 

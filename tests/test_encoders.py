@@ -273,6 +273,31 @@ def _skeleton(name, n):
 
 
 @pytest.mark.parametrize(
+    "key", ["relative_attention", "share_att_key", "norm_rel_ebd", "position_biased_input", "pos_att_type"]
+)
+def test_a_missing_switch_means_what_transformers_takes_it_for(key):
+    """A config.json without it is another network there, so it is refused here."""
+    record = dict(model.PUBLISHED["deberta-v3-base"])
+    assert model.config_from(record).position == "disentangled"
+    del record[key]
+    assert getattr(transformers.DebertaV2Config(), key, model.WITHOUT[key]) == model.WITHOUT[key]
+    with pytest.raises(ValueError, match=f"{key}=None is not deberta-v2 as published"):
+        model.config_from(record)
+
+
+def test_published_sizes_make_the_network_of_transformers(tmp_path):
+    """What is saved of them is read there without a missing or an unexpected tensor."""
+    for name in ("tiny-encoder", "deberta-v3-base"):
+        small = dict(
+            vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        config = model.config_from(model.PUBLISHED[name] | small)
+        model.Transformer(config, n_classes=2).save(tmp_path / name)
+        read = transformers.DebertaV2ForSequenceClassification.from_pretrained
+        assert not any(read(tmp_path / name, output_loading_info=True)[1].values())
+
+
+@pytest.mark.parametrize(
     "change, word",
     [
         (dict(position_biased_input=True), "position_biased_input"),
