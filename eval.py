@@ -772,7 +772,7 @@ def benchmark_scores(folder):
 def read_result(folder, by):
     """A finished run -> a record per score: the run's row, the column, the value, what was asked.
 
-    Where no benchmark was run, the last evaluation stands in.
+    Where no benchmark was run, the last evaluation's exact match stands in.
     """
     record = read_run(folder)
     settings = record["settings"]
@@ -782,10 +782,10 @@ def read_result(folder, by):
     kind = "nlu" if "task" in settings else "nlg"
     if kind == "nlu":
         scores = {settings["task"]: (100 * last[record["metric"]], "")}
-    elif not scores:
-        scores["loss"] = last["loss"], ""
-        if last.get("exact_match") is not None:
+    else:
+        if not scores and last.get("exact_match") is not None:
             scores["exact_match"] = 100 * last["exact_match"], ""
+        scores["loss"] = last["loss"], ""
     scores["drift"] = last.get("drift"), ""
     texts = {line["text"]: line for line in read_lines(os.path.join(folder, "forgetting.jsonl"))}
     if {text["adapter"] for text in texts.values()} - {adapter_hash(folder)}:
@@ -954,12 +954,12 @@ def table(*runs, poster=False, by="", against="", figure="", out="out/table.md")
 def scatter(*runs, x="drift", y="forgetting", at="loss", out="out/scatter.png"):
     """A dot per run, y over x, and their rank correlation: over all runs, and what is left at equal `at`."""
     found = finished_results(runs).pivot_table(index="folder", columns="column", values="value")
-    frame = found.reindex(columns=[x, y, at]).dropna()
-    for run in found.index.difference(frame.index):
-        print(f"{run}: without {x}, {y} or {at}; left out")
+    found = found.reindex(columns=[x, y, at])
+    for run, row in found[found.isna().any(axis=1)].iterrows():
+        print(f"{run}: no {', '.join(found.columns[row.isna()])}; left out")
+    frame = found.dropna()
     if len(frame) < 6:
-        hint = "expected six or more (forgetting: eval.py loss --text=FILE)"
-        raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; {hint}")
+        raise ValueError(f"scatter: {len(frame)} runs have {x}, {y} and {at}; expected six or more")
     fig, [[ax]] = new_figure(1, 1, (6.8, 4.2))
     kinds = [re.sub(r"(-[\d.e]+)+$", "", last_name(run)) for run in frame.index]  # without rate and seed
     for i, (kind, rows) in enumerate(frame.groupby(kinds)):
@@ -1005,7 +1005,7 @@ NOTES = {                             # of the options that are not of Subject
     "by": "a row per value of this setting, too",
     "against": "differences to this row, paired by seed",
     "figure": "path of a figure, a dot per seed",
-    "x": "a column of table: loss, drift, forgetting, ...",
+    "x": "a column of table: loss, drift, forgetting (by eval.py loss --text=FILE), ...",
     "y": "another one",
     "at": "a third one, whose influence on both is taken out of the ranks",
 }

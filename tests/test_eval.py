@@ -242,7 +242,9 @@ def test_the_ablations_table_has_both_scripts_side_by_side(tmp_path, capsys, mon
     command("table", *names)
     out = capsys.readouterr().out
     header = cells(out, "")
-    assert header[2:] == "gsm8k;math;NLG average;mnli;cola;GLUE average;drift;peak GiB;minutes".split(";")
+    assert header[2:] == "gsm8k;math;NLG average;mnli;cola;GLUE average;loss;drift;peak GiB;minutes".split(
+        ";"
+    )
     assert cells(out, "balora")[2:8] == ["60.00", "10.00", "35.00", "86.00", "86.00", "86.00"]
 
 
@@ -411,7 +413,7 @@ def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
     assert "24 runs -> s.png" in out and (tmp_path / "s.png").stat().st_size > 5000
     with pytest.raises(
         ValueError,
-        match="5 runs have drift, forgetting and loss; expected six or more .forgetting: eval.py loss",
+        match="5 runs have drift, forgetting and loss; expected six or more",
     ):
         command("scatter", *names[:5])
     (tmp_path / "begun").mkdir()
@@ -419,7 +421,7 @@ def test_scatter_and_its_rank_correlations(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     command("scatter", *names[:12], "begun", "--out=few/s.png")
     out = capsys.readouterr().out
-    assert f"{names[6]}: without drift, forgetting or loss; left out" in out and "11 runs -> few/s.png" in out
+    assert f"{names[6]}: no forgetting; left out" in out and "11 runs -> few/s.png" in out
     assert "at equal loss: 0.01, 95 % interval -0.64 to 0.65" in out  # here the loss orders the forgetting
     assert "begun: not a finished run; left out" in out
     other = json.dumps(line | dict(gaps=[0, 1, 2], adapter=eval.adapter_hash(names[7])))
